@@ -1,0 +1,193 @@
+"""A device into a file and back: :func:`save`, :func:`restore`; and what a file says: :func:`inspect`, :func:`verify`.
+
+A checkpoint is the stream of a migration, written down (``docs/format.md``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio
+
+from vfiostream.devices.contract import Device
+from vfiostream.errors import StreamError, TransportError, UsageError
+from vfiostream.guest import Guest
+from vfiostream.pipeline.budget import Budget
+from vfiostream.pipeline.frames import FrameReader
+from vfiostream.pipeline.progress import Progress, Summary
+from vfiostream.pipeline.settings import Settings
+from vfiostream.pipeline.source import Policy, Source
+from vfiostream.pipeline.target import Target
+from vfiostream.policy import Precopy
+from vfiostream.protocol import framing, limits, records
+from vfiostream.protocol.payload import Decompressor
+from vfiostream.protocol.records import Hello, RecordType
+from vfiostream.protocol.sessions import Phase, TargetSession
+from vfiostream.transports.contract import Transport
+
+SAVE_SETTINGS = Settings(compression=1)
+"""A file is worth the processor's time; a link is the caller's to judge."""
+
+
+async def save(
+    device: Device | Sequence[Device],
+    transport: Transport,
+    *,
+    guest: Guest | None = None,
+    policy: Policy | None = None,
+    settings: Settings | None = None,
+    progress: Progress | None = None,
+) -> Summary:
+    """Write a checkpoint of ``device`` (or several, at one instant), and the memory of ``guest``, to ``transport`` (of
+    ``connect("file:...")``). Returns when it is durable under its name. The device is stopped only while what the
+    rounds of precopy left is read, and runs on whatever happens then.
+
+    Arguments and ownership as in :func:`vfiostream.migrate.send`. Raises whatever
+    :class:`~vfiostream.errors.VfiostreamError` ended it; the device runs then (except after
+    :class:`~vfiostream.errors.SourceStuck`), and there is no file.
+    """
+    if transport.answers:
+        raise UsageError(f"{transport.address} is no file: use send to move a device there")
+    devices = (device,) if isinstance(device, Device) else device
+    source = Source(
+        devices, guest or Guest(), transport, policy or Precopy(), settings or SAVE_SETTINGS, progress or Progress()
+    )
+    return await source.run()
+
+
+async def restore(
+    transport: Transport,
+    device: Device | Sequence[Device],
+    *,
+    guest: Guest | None = None,
+    settings: Settings | None = None,
+    progress: Progress | None = None,
+) -> Summary:
+    """Load a checkpoint from ``transport`` (of ``listen("file:...")``) into ``device`` and let it run.
+
+    Arguments, ownership and errors as in :func:`vfiostream.migrate.receive`: a checkpoint that is damaged or not
+    whole raises :class:`~vfiostream.errors.StreamError`, and the device stays stopped.
+    """
+    if transport.answers:
+        raise UsageError(f"{transport.address} is no file: use receive to take a device from there")
+    devices = (device,) if isinstance(device, Device) else device
+    return await Target(devices, guest or Guest(), transport, settings or Settings(), progress or Progress()).run()
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What is in a checkpoint."""
+
+    hello: Hello
+    """Devices and guest memory, as the source described them."""
+    rounds: int
+    frames: int
+    size: int
+    """Bytes of the file."""
+    content: int
+    """Bytes of content: of device memory, guest memory and config, each round's."""
+    memory: int
+    """Bytes of device memory of :attr:`content`."""
+    pages: int
+    """Bytes of guest memory of :attr:`content`."""
+    config: int
+    """Bytes of config and PCI config space of :attr:`content`."""
+    complete: bool
+    """Whether the file ends as a checkpoint ends, with COMMIT."""
+
+
+async def verify(transport: Transport, *, budget: int | None = None) -> Contents:
+    """Read a whole checkpoint from ``transport`` (of ``listen("file:...")``) and check everything that can be checked
+    without a device: every check value, every position, every compressed payload. Raises
+    :class:`~vfiostream.errors.StreamError` naming the first record that is wrong.
+    """
+    settings = Settings() if budget is None else Settings(budget=budget)
+    session = TargetSession(chunk=min(limits.MAX_CONTENT, settings.budget // 5), answers=False)
+    frames = FrameReader(transport, session, Budget(settings.budget, session.chunk))
+    decompressor = Decompressor()
+    hello = None
+    count = 0
+    sizes = dict.fromkeys(RecordType, 0)
+    while session.phase is not Phase.DONE:
+        frame = await frames.read()
+        if frame is None:
+            raise frames.ended()
+        count += 1
+        sizes[frame.record.type] += frame.prefix.content_size
+        if isinstance(frame.record, Hello):
+            hello = frame.record
+        if frame.lease is not None:
+            if frame.prefix.flags == framing.FLAG_ZSTD and frame.content is None:
+                content = frame.prefix.content_size
+                await anyio.to_thread.run_sync(
+                    decompressor.content, frame.lease.view, frame.prefix.flags, content, frame.name
+                )
+            frame.content = None
+            frame.lease.release()
+    await frames.expect_end()
+    assert hello is not None
+    return _contents(hello, sizes, session.rounds, count, frames.transferred, complete=True)
+
+
+async def inspect(path: Path) -> Contents:
+    """Say what is in a checkpoint, quickly: reads the description and the frames' prefixes, and skips the payloads, so
+    what it says is not :func:`verify`'s word. Raises :class:`~vfiostream.errors.StreamError` where the file is no
+    checkpoint, and :class:`~vfiostream.errors.TransportError` where it can't be read. A file that is cut is told by
+    ``complete``.
+    """
+    return await anyio.to_thread.run_sync(_inspect, path)
+
+
+def _inspect(path: Path) -> Contents:
+    where = f"file:{path}"
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise TransportError(f"{where} can't be opened: {error.strerror}") from error
+    try:
+        return _walk(fd, where)
+    except OSError as error:
+        raise TransportError(f"{where} can't be read: {error.strerror}") from error
+    finally:
+        os.close(fd)
+
+
+def _walk(fd: int, where: str) -> Contents:
+    size = os.fstat(fd).st_size
+    session = TargetSession(chunk=limits.MAX_CONTENT, answers=False)
+    raw = os.pread(fd, framing.PREFIX_SIZE, 0)
+    if len(raw) < framing.PREFIX_SIZE:
+        raise StreamError(where, "is too short for a checkpoint")
+    prefix = session.parse(raw)
+    header = os.pread(fd, prefix.header_size, framing.PREFIX_SIZE)
+    session.check(prefix, header, ())
+    hello = session.receive(prefix, header)
+    if not isinstance(hello, Hello):
+        raise StreamError(where, "does not start with HELLO")
+    seed = framing.session_seed(hello.session)
+    sizes = dict.fromkeys(RecordType, 0)
+    frames = rounds = 0
+    offset, last = 0, RecordType.HELLO
+    while offset + framing.PREFIX_SIZE <= size:
+        raw = os.pread(fd, framing.PREFIX_SIZE, offset)
+        prefix = framing.parse_prefix(raw, seed if frames else 0, f"{where}, record {frames + 1}")
+        if not records.is_known(prefix.type) or offset + prefix.frame_size > size:
+            break
+        last = RecordType(prefix.type)
+        sizes[last] += prefix.content_size
+        rounds += last is RecordType.ROUND
+        frames += 1
+        offset += prefix.frame_size
+    complete = offset == size and last is RecordType.COMMIT
+    return _contents(hello, sizes, rounds, frames, size, complete=complete)
+
+
+def _contents(
+    hello: Hello, sizes: dict[RecordType, int], rounds: int, frames: int, size: int, *, complete: bool
+) -> Contents:
+    memory, pages = sizes[RecordType.MEMORY], sizes[RecordType.PAGES]
+    config = sizes[RecordType.CONFIG] + sizes[RecordType.PCI]
+    return Contents(hello, rounds, frames, size, memory + pages + config, memory, pages, config, complete)

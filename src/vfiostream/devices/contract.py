@@ -1,0 +1,187 @@
+"""What a device that can move is, whatever interface its driver speaks.
+
+A device gives *captures*: ordered, opaque sequences of bytes of its memory (the first is the whole, later ones hold what
+changed since), and at the end its *config* in one piece. The target takes captures in the same order, cut wherever the
+stream cut them, and the config last. Every device passes the suite in ``tests/device_contract.py``.
+
+States, and the only legal order of calls::
+
+    source   idle --start_precopy--> logging --stop--> stopped --release--> released
+             any of logging, stopped --resume--> idle
+    target   idle --start_load--> loading --run--> running
+             loading --abandon--> abandoned (stopped; never runs what it has)
+
+After any failure or cancellation of a call, ``resume`` (source) or ``abandon`` (target) is in order.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from vfiostream.buffers import Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class PciIdentity:
+    """Who a PCI device is, from its config space."""
+
+    vendor: int
+    device: int
+    subsystem_vendor: int
+    subsystem: int
+    class_code: int
+    """24 bits: base class, sub-class, programming interface."""
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceDescription:
+    """What one has to know of a device to say whether another can take its state."""
+
+    interface: str
+    """``"four-region"``."""
+    version: str | None
+    """The driver's own version string; opaque. None where the driver has none."""
+    device_memory: bool
+    """Whether the device has memory of its own (capability DEVICE_MEMORY)."""
+    dirty_tracking: bool
+    """Whether the device reports the guest pages it dirties (capability SYSTEM_MEMORY)."""
+    config_size: int
+    """Bytes of its config now."""
+    config_limit: int
+    """Bytes of config it can take: the size of its config region."""
+    pci: PciIdentity | None
+    """None for a device that is not on PCI."""
+
+
+class Device(ABC):
+    """One device, open for one migration. Methods are called by one task at a time.
+
+    Errors are those of :class:`vfiostream.access.contract.Access`, and
+    :class:`~vfiostream.errors.LocalProtocolError` for calls out of order.
+    """
+
+    name: str
+    description: DeviceDescription
+
+    # ---- source
+
+    @abstractmethod
+    async def start_precopy(self) -> None:
+        """Start tracking what changes; the device goes on running. What an earlier session left behind is forgotten:
+        the first capture is the whole memory.
+        """
+
+    @abstractmethod
+    async def capture(self) -> int:
+        """Let the driver collect what has to be sent now; returns its size in bytes, known exactly, 0 for nothing. The
+        capture before must have been read to its end. Only with ``description.device_memory``.
+        """
+
+    @abstractmethod
+    async def read_into(self, into: memoryview) -> int:
+        """Copy the next bytes of the capture or config into ``into`` and return how many: all of ``into`` unless the capture ends
+        first; 0 at its end. The caller reads until 0.
+        """
+
+    @abstractmethod
+    async def merge_dirty(self, iova: int, pages: int, bitmap: memoryview) -> None:
+        """OR the guest pages the device has dirtied since it was last asked into ``bitmap`` (bit n is page n from
+        ``iova``, little endian within bytes, ``ceil(pages / 8)`` bytes). Asking clears. Only with
+        ``description.dirty_tracking``.
+        """
+
+    @abstractmethod
+    async def stop(self) -> None:
+        """Stop the device for good consistency; what it changed until now is still tracked. Runs on after
+        :meth:`resume`.
+        """
+
+    @abstractmethod
+    async def capture_config(self) -> int:
+        """Let the driver collect its config, while stopped; returns its size in bytes. :meth:`read_into` then reads
+        it as it reads a capture.
+        """
+
+    @abstractmethod
+    async def read_pci_config(self) -> bytes | None:
+        """PCI config space as it is now, or None for a device without one."""
+
+    @abstractmethod
+    async def release(self) -> None:
+        """The target runs: stop tracking. The device stays stopped."""
+
+    @abstractmethod
+    async def resume(self) -> None:
+        """The migration is off: stop tracking and run on. In order after any failed or cancelled call. It always tells the
+        driver to run: whoever calls it knows that no other copy does.
+        """
+
+    # ---- target
+
+    @abstractmethod
+    async def accepts(self, version: str) -> bool:
+        """Ask the driver whether it takes the stream of a device of this version. True where the driver has no
+        versions to ask about. Changes nothing.
+        """
+
+    @abstractmethod
+    async def start_load(self) -> None:
+        """Stop the device, ready to take state."""
+
+    @abstractmethod
+    async def begin_capture(self, size: int) -> None:
+        """A capture of ``size`` bytes follows. Raises :class:`~vfiostream.errors.DeviceRefused` where it can't fit."""
+
+    @abstractmethod
+    async def write(self, data: Buffer) -> None:
+        """Take the next bytes of the capture or config. They reach the driver when a region is full or the capture ends, and then
+        only in order. More than the announced size is a :class:`~vfiostream.errors.LocalProtocolError`.
+        """
+
+    @abstractmethod
+    async def begin_config(self, size: int) -> None:
+        """The config follows in calls of :meth:`write`, ``size`` bytes; after all captures. The driver gets it in one
+        piece when the last byte is there.
+        """
+
+    @abstractmethod
+    async def load_pci_config(self, config: Buffer) -> None:
+        """Restore what ``docs/architecture.md`` lists of PCI config space; BARs stay the target's."""
+
+    @abstractmethod
+    async def finish_load(self) -> None:
+        """Everything was given. Raises where a capture or the config is not complete, or the driver finds fault with it
+        now; after this only :meth:`run` is left to refuse.
+        """
+
+    @abstractmethod
+    async def run(self) -> None:
+        """Everything is loaded and committed: run. The driver may still refuse."""
+
+    @abstractmethod
+    async def abandon(self) -> None:
+        """The load is off: leave the device stopped."""
+
+    # ---- both
+
+    @abstractmethod
+    async def dma_map(self, iova: int, length: int, fd: int, offset: int) -> None:
+        """Let the device reach guest memory, as :meth:`vfiostream.access.contract.Access.dma_map`: writable where it
+        reports what it dirties (``description.dirty_tracking``), else only readable, so that nothing is lost.
+        """
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Let go of the device, in the state it is in; never raises, may be called again and under cancellation."""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.aclose()

@@ -1,0 +1,96 @@
+"""The bytes one end may hold at a time, whatever the sizes of what it holds.
+
+Only the first stage of an end takes, and waits where nothing is left; the last stage gives back. So whatever waits in
+between is bounded, and nothing in between can wait for memory.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import anyio
+
+from vfiostream.errors import UsageError
+
+CHARGE = 512
+"""Bytes a record is charged at least, for the objects around it."""
+DEFAULT_BUDGET = 64 * 1024 * 1024
+
+
+class Lease:
+    """A piece of the budget, with the memory for it."""
+
+    __slots__ = ("_budget", "_charge", "_memory", "view")
+
+    def __init__(self, budget: Budget, memory: bytearray, size: int, charge: int) -> None:
+        self._budget = budget
+        self._memory = memory
+        self._charge = charge
+        self.view = memoryview(memory)[:size]
+        """The bytes; the lease holder's until :meth:`release`."""
+
+    def release(self) -> None:
+        """Give the bytes back; once."""
+        self.view.release()
+        self._budget._give(self._memory, self._charge)
+
+
+class Budget:
+    """``limit`` bytes. Leases are granted in the order in which they were asked for."""
+
+    def __init__(self, limit: int, chunk: int) -> None:
+        if limit < 4 * chunk + 1024 * 1024:
+            raise UsageError(
+                f"a budget of {limit} bytes is too small for chunks of {chunk}: give at least {4 * chunk + 1024 * 1024}"
+            )
+        self.limit = limit
+        self.used = 0
+        self.peak = 0
+        """Most bytes that were out at a time."""
+        self._chunk = chunk
+        self._spare: list[bytearray] = []
+        self._waiting: deque[tuple[int, anyio.Event]] = deque()
+
+    async def take(self, size: int, more: int = 0) -> Lease:
+        """Wait until ``size`` bytes, and ``more`` that the holder will allocate itself, are free; return them. The two
+        together are at most a quarter of the limit. Cancelled, nothing was taken.
+        """
+        charge = max(size + more, CHARGE)
+        if charge > self.limit:
+            raise UsageError(f"{charge} bytes at once do not fit a budget of {self.limit}")
+        if self._waiting or self.used + charge > self.limit:
+            entry = (charge, anyio.Event())
+            self._waiting.append(entry)
+            try:
+                await entry[1].wait()
+            except BaseException:
+                if entry[1].is_set():
+                    self._give(None, charge)
+                else:
+                    self._waiting.remove(entry)
+                    self._grant()
+                raise
+        else:
+            self.used += charge
+        self.peak = max(self.peak, self.used)
+        return Lease(self, self._memory(size), size, charge)
+
+    def _memory(self, size: int) -> bytearray:
+        if self._chunk // 2 < size <= self._chunk:
+            return self._spare.pop() if self._spare else bytearray(self._chunk)
+        return bytearray(size)
+
+    def _give(self, memory: bytearray | None, charge: int) -> None:
+        self.used -= charge
+        if memory is not None and len(memory) == self._chunk and charge >= self._chunk // 2:
+            self._spare.append(memory)
+        # What lies spare counts: memory in use and spare together stay within the limit.
+        while self._spare and self.used + len(self._spare) * self._chunk > self.limit:
+            self._spare.pop()
+        self._grant()
+
+    def _grant(self) -> None:
+        while self._waiting and self.used + self._waiting[0][0] <= self.limit:
+            charge, event = self._waiting.popleft()
+            self.used += charge
+            event.set()

@@ -1,0 +1,159 @@
+"""Frames in and out of a transport: the seam between the protocol, which does no I/O, and the links, which know no
+frames.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import anyio
+
+from vfiostream.buffers import Buffer
+from vfiostream.errors import ConnectionLost, StreamError
+from vfiostream.pipeline.budget import Budget, Lease
+from vfiostream.protocol import framing, records
+from vfiostream.protocol.framing import Prefix
+from vfiostream.protocol.payload import Decompressor
+from vfiostream.protocol.records import Bitmap, Record
+from vfiostream.protocol.sessions import SourceSession, TargetSession
+from vfiostream.transports.contract import Transport
+
+LINGER = 2.0
+"""Seconds that a side which gave up goes on reading, so that its last words are not lost to a reset."""
+
+
+class Parses(Protocol):
+    """The part of a session that reading a frame needs."""
+
+    @property
+    def next_record(self) -> str: ...
+    def parse(self, prefix: Buffer) -> Prefix: ...
+
+
+@dataclass(slots=True)
+class Incoming:
+    """A frame with content, from the source."""
+
+    record: Record
+    prefix: Prefix
+    lease: Lease | None
+    """The payload, and room in the budget for the content where that is compressed; the loader's to release."""
+    content: Buffer | None = None
+    """What the payload stands for; set by whoever decompresses."""
+
+    @property
+    def name(self) -> str:
+        return records.name_of(self.prefix.type, self.prefix.sequence)
+
+
+async def _fill(transport: Transport, view: memoryview, where: str, *, at_start: bool = False) -> bool:
+    """Receive until ``view`` is full; False where the stream ended instead, which is an error unless ``at_start``."""
+    done = 0
+    while done < len(view):
+        got = await transport.receive(view[done:])
+        if got == 0:
+            if at_start and done == 0:
+                return False
+            raise _cut(transport, f"{where} is cut: the stream ends after {done} of {len(view)} bytes")
+        done += got
+    return True
+
+
+def _cut(transport: Transport, problem: str) -> Exception:
+    """The stream ended: over a link the peer is gone, in a file something is missing."""
+    if transport.answers:
+        return ConnectionLost(f"{transport.address}: {problem}; the other end is gone")
+    return StreamError(transport.address, problem)
+
+
+class FrameReader:
+    """Reads the source's frames, each checked and accepted by the session before it is returned."""
+
+    def __init__(self, transport: Transport, session: TargetSession, budget: Budget) -> None:
+        self._transport = transport
+        self._session = session
+        self._budget = budget
+        self._prefix = bytearray(framing.PREFIX_SIZE)
+        self._decompressor = Decompressor()
+        self.transferred = 0
+        """Bytes that have come."""
+
+    async def read(self) -> Incoming | None:
+        """Return the next frame, or None where the stream ends between frames. Raises
+        :class:`~vfiostream.errors.StreamError` for a frame that must not be believed, and the transport's errors.
+        """
+        if not await _fill(self._transport, memoryview(self._prefix), self._session.next_record, at_start=True):
+            return None
+        prefix = self._session.parse(self._prefix)
+        where = records.name_of(prefix.type, prefix.sequence)
+        header = bytearray(prefix.header_size)
+        await _fill(self._transport, memoryview(header), where)
+        if prefix.content_size == 0:
+            self._session.check(prefix, header, ())
+            record = self._session.receive(prefix, header)
+            self.transferred += prefix.frame_size
+            return Incoming(record, prefix, None)
+        expands = prefix.content_size if prefix.flags == framing.FLAG_ZSTD else 0
+        lease = await self._budget.take(prefix.payload_size, expands)
+        try:
+            await _fill(self._transport, lease.view, where)
+            self._session.check(prefix, header, (lease.view,))
+            content = None
+            if prefix.type == Bitmap.type:
+                content = self._decompressor.content(lease.view, prefix.flags, prefix.content_size, where)
+            record = self._session.receive(prefix, header, content)
+        except BaseException:
+            lease.release()
+            raise
+        self.transferred += prefix.frame_size
+        return Incoming(record, prefix, lease, content)
+
+    async def expect_end(self) -> None:
+        """The stream must end here; raises :class:`~vfiostream.errors.StreamError`."""
+        if await _fill(self._transport, memoryview(self._prefix)[:1], "the end", at_start=True):
+            raise StreamError(self._transport.address, "goes on after its COMMIT: the file is damaged")
+
+    def ended(self) -> Exception:
+        """What to raise where :meth:`read` returned None too early."""
+        return _cut(self._transport, f"the stream ends where {self._session.next_record} should come")
+
+
+async def read_reply(transport: Transport, session: SourceSession) -> Record | None:
+    """Return the target's next record, or None where the stream ends; errors as :meth:`FrameReader.read`."""
+    raw = bytearray(framing.PREFIX_SIZE)
+    if not await _fill(transport, memoryview(raw), session.next_record, at_start=True):
+        return None
+    prefix = session.parse(raw)
+    header = bytearray(prefix.header_size)
+    await _fill(transport, memoryview(header), records.name_of(prefix.type, prefix.sequence))
+    session.check(prefix, header, ())
+    return session.receive(prefix, header)
+
+
+async def drain(transport: Transport) -> None:
+    """Read and forget what still comes, for at most :data:`LINGER` seconds: a link that is closed with unread bytes is
+    reset, and the peer then never reads what we said last.
+    """
+    scrap = memoryview(bytearray(64 * 1024))
+    with anyio.move_on_after(LINGER):
+        while await transport.receive(scrap):
+            pass
+
+
+class Pace:
+    """Spreads bytes over time: at most ``rate`` bytes a second, without saving up for later."""
+
+    def __init__(self, rate: float | None) -> None:
+        self._rate = rate
+        self._free_at = -math.inf
+
+    async def wait(self, size: int) -> None:
+        """Wait until ``size`` more bytes may go."""
+        if self._rate is None:
+            return
+        now = anyio.current_time()
+        if self._free_at > now:
+            await anyio.sleep_until(self._free_at)
+        self._free_at = max(self._free_at, now) + size / self._rate

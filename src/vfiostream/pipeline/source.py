@@ -1,0 +1,591 @@
+"""The source of a migration, and the writer of a checkpoint.
+
+Tasks: the producer (devices, guest memory, policy) takes from the byte budget; compressors, one zstd context each;
+the sender, in order, gives back; over a link, a listener for the target's answers and a watch on its silence. They
+live in one task group that has ended before the commit: what follows is one straight line (``docs/switchover.md``).
+
+Whatever fails before the commit ends with the source running.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Protocol
+
+import anyio
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+
+from vfiostream import _accel
+from vfiostream.buffers import Buffer
+from vfiostream.devices.contract import Device
+from vfiostream.errors import (
+    ConnectionLost,
+    DeviceBroken,
+    NotConverged,
+    OutcomeUnknown,
+    PeerAborted,
+    SourceStuck,
+    TransportError,
+    VfiostreamError,
+)
+from vfiostream.guest import Guest, GuestRange
+from vfiostream.pipeline import describe, failure
+from vfiostream.pipeline.budget import Budget, Lease
+from vfiostream.pipeline.frames import LINGER, Pace, drain, read_reply
+from vfiostream.pipeline.progress import Downtime, Progress, Summary
+from vfiostream.pipeline.settings import Settings
+from vfiostream.policy import RoundReport, Verdict
+from vfiostream.protocol import framing, limits
+from vfiostream.protocol.payload import Compressor, bound, is_zero
+from vfiostream.protocol.records import (
+    Abort,
+    Ack,
+    Bitmap,
+    Capture,
+    Commit,
+    Config,
+    Credit,
+    End,
+    Memory,
+    Pages,
+    Pci,
+    Record,
+    Round,
+    RoundEnd,
+    State,
+    Welcome,
+)
+from vfiostream.protocol.sessions import SourceSession
+from vfiostream.transports.contract import Transport
+
+log = logging.getLogger("vfiostream.pipeline")
+
+COMPRESSORS = 2
+GRACE = 0.5
+"""Seconds that a frame which is under way may take to end when everything is called off: a torn one would leave no
+way to say why.
+"""
+_HEADER_ROOM = 256
+"""More than the header of any record that costs credit takes."""
+
+
+class Policy(Protocol):
+    """When to stop the source; :class:`vfiostream.policy.Precopy` is one."""
+
+    @property
+    def give_up_after(self) -> float | None:
+        """Seconds from the start after which precopy is given up, even within a round; None for never."""
+
+    def judge(self, report: RoundReport) -> Verdict: ...
+
+
+@dataclass(slots=True, eq=False)
+class _Outgoing:
+    """A record on its way out."""
+
+    record: Record
+    lease: Lease | None = None
+    """Its content; given back when it is sent."""
+    payload: Buffer = b""
+    flags: int = 0
+    ready: anyio.Event | None = None
+    """Set when it is compressed; None where nothing has to be waited for."""
+    sent: anyio.Event = field(default_factory=anyio.Event)
+
+
+class Source:
+    """One migration out of ``devices``. Used once: :meth:`run`."""
+
+    def __init__(
+        self,
+        devices: Sequence[Device],
+        guest: Guest,
+        transport: Transport,
+        policy: Policy,
+        settings: Settings,
+        progress: Progress,
+    ) -> None:
+        self._devices = tuple(enumerate(devices, 1))
+        self._ranges: tuple[tuple[int, GuestRange], ...] = tuple(enumerate(guest.ranges, len(devices) + 1))
+        self._guest = guest
+        self._transport = transport
+        self._policy = policy
+        self._settings = settings
+        self._progress = progress
+        self._budget = Budget(settings.budget, settings.chunk)
+        hello = describe.hello(secrets.token_bytes(16), self._devices, self._ranges, settings)
+        self._session = SourceSession(hello, answers=transport.answers)
+        self._hello = hello
+        self._pace = Pace(settings.max_bandwidth)
+        self._captures = dict.fromkeys((stream for stream, _ in self._devices), 0)
+        self._content = 0
+        self._round = 0
+        self._tracking = False
+        self._started = False
+        """The devices were told to track: whatever happens now, they have to be told to run on."""
+        self._paused = False
+        self._stopped_at = math.inf
+        self._moved_at = 0.0
+        """When the target last showed that it is alive and takes something."""
+        self._in_flight: anyio.CancelScope | None = None
+        self._send_until = math.inf
+        """When a frame that is under way is given up; set when everything is called off, or done."""
+        self._credit = anyio.Event()
+        self._unsent: MemoryObjectSendStream[_Outgoing]
+        self._to_send: MemoryObjectReceiveStream[_Outgoing]
+        self._unsent, self._to_send = anyio.create_memory_object_stream[_Outgoing](math.inf)
+        self._raw: MemoryObjectSendStream[_Outgoing]
+        self._to_compress: MemoryObjectReceiveStream[_Outgoing]
+        self._raw, self._to_compress = anyio.create_memory_object_stream[_Outgoing](math.inf)
+        self._ack: MemoryObjectSendStream[Ack]
+        self._acks: MemoryObjectReceiveStream[Ack]
+        self._ack, self._acks = anyio.create_memory_object_stream[Ack](math.inf)
+        self._warnings: list[str] = []
+
+    async def run(self) -> Summary:
+        """Move the devices; returns when the target runs (or the file is durable). Raises what went wrong, after the
+        source was made to run on; :class:`~vfiostream.errors.OutcomeUnknown` or
+        :class:`~vfiostream.errors.SourceStuck` where it does not run.
+        """
+        self._began = anyio.current_time()
+        try:
+            await self._greet()
+            downtime = await self._transfer()
+            if self._transport.answers:
+                committed = anyio.current_time()
+                await self._commit()
+                downtime = downtime._replace(start=anyio.current_time() - committed)
+            else:
+                await self._store()
+        except OutcomeUnknown:
+            await self._let_go()
+            raise
+        except BaseException as error:
+            instead = await self._recover(failure.cause(error))
+            if instead is error:
+                raise
+            raise instead from None
+        finally:
+            for stream in (self._unsent, self._to_send, self._raw, self._to_compress, self._ack, self._acks):
+                stream.close()
+        if self._transport.answers:
+            await self._let_go()
+        self._progress.phase = "done"
+        return Summary(
+            self._round,
+            self._content,
+            self._progress.transferred,
+            anyio.current_time() - self._began,
+            downtime,
+            self._budget.peak,
+            tuple(self._warnings),
+        )
+
+    # ---- before: greeting
+
+    async def _greet(self) -> None:
+        head, _ = self._session.send(self._hello)
+        with anyio.move_on_after(self._settings.patience) as scope:
+            await self._transport.send([head])
+            if not self._transport.answers:
+                return
+            match await read_reply(self._transport, self._session):
+                case Welcome():
+                    return
+                case Abort() as abort:
+                    raise PeerAborted(abort.code, abort.reason)
+                case _:
+                    raise ConnectionLost(
+                        f"{self._transport.address}: the target went away before it accepted; its own message says why"
+                    )
+        assert scope.cancelled_caught
+        raise ConnectionLost(
+            f"{self._transport.address}: nobody answered within {self._settings.patience:g} s; "
+            "is `vfiostream receive` running there, and free?"
+        )
+
+    # ---- during: the task group
+
+    async def _transfer(self) -> Downtime:
+        """Everything up to the point where the target has loaded and checked all, or the file holds all."""
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._send_all)
+            if self._settings.compression and "zstd" in self._session.features:
+                for _ in range(COMPRESSORS):
+                    tasks.start_soon(self._compress_all)
+            if self._transport.answers:
+                tasks.start_soon(self._listen)
+                tasks.start_soon(self._watch)
+            try:
+                downtime = await self._produce()
+            finally:
+                self._send_until = anyio.current_time() + GRACE
+                if self._in_flight is not None:
+                    self._in_flight.deadline = self._send_until
+            tasks.cancel_scope.cancel()
+        return downtime
+
+    async def _produce(self) -> Downtime:
+        for _, device in self._devices:
+            for _, area in self._ranges:
+                await device.dma_map(area.address, area.length, area.fd, 0)
+        self._started = True
+        for _, device in self._devices:
+            await device.start_precopy()
+        self._tracking = True
+        await self._guest.start_tracking()
+        self._progress.phase = "precopy"
+        limit = self._policy.give_up_after
+        with anyio.move_on_after(math.inf if limit is None else limit) as scope:
+            await self._precopy()
+        if scope.cancelled_caught:
+            raise NotConverged(
+                f"precopy had not converged after {limit:g} s and round {self._round}; the source runs: "
+                "allow a longer downtime, more time or more bandwidth"
+            )
+        return await self._stop_and_copy()
+
+    async def _precopy(self) -> None:
+        """Rounds with the devices running, until the policy says stop."""
+        total, previous = 0, None
+        while True:
+            collected = anyio.current_time() - self._began
+            before = self._content
+            await self._send_round()
+            ended = anyio.current_time() - self._began
+            content = self._content - before
+            total = total or content
+            report = RoundReport(self._round, content, total, collected, ended, previous)
+            previous = collected
+            self._progress.pending = report.pending
+            self._progress.dirty_rate = report.dirty_rate
+            self._progress.throughput = report.throughput
+            self._progress.expected_downtime = report.expected_downtime
+            verdict = self._policy.judge(report)
+            log.debug("%s: %s", report, verdict)
+            if verdict is Verdict.SWITCHOVER:
+                return
+            if verdict is Verdict.GIVE_UP:
+                raise NotConverged(
+                    f"precopy has not converged after {report.number} rounds and {ended:.1f} s: about "
+                    f"{report.pending} bytes are dirty and would take {report.expected_downtime:.3f} s; the source "
+                    "runs: allow a longer downtime, more rounds or more bandwidth"
+                )
+
+    async def _stop_and_copy(self) -> Downtime:
+        times = [anyio.current_time()]
+        self._progress.phase = "stop-and-copy"
+        self._moved_at = self._stopped_at = times[0]
+        self._paused = True
+        await self._guest.pause()
+        times.append(anyio.current_time())
+        for _, device in self._devices:
+            await device.stop()
+        times.append(anyio.current_time())
+        self._put(State())
+        await self._send_round(last=True)
+        times.append(anyio.current_time())
+        for stream, device in self._devices:
+            await self._send_config(stream, device)
+        times.append(anyio.current_time())
+        if not self._transport.answers:
+            await self._resume()
+            times += [times[-1], anyio.current_time()]
+            self._progress.phase = "finishing"
+        end = self._put(End(self._round, self._content))
+        if self._transport.answers:
+            await self._acks.receive()
+            times += [anyio.current_time()] * 2
+            self._progress.phase = "switchover"
+        else:
+            await end.sent.wait()
+        return Downtime(*(late - early for early, late in pairwise(times)))
+
+    async def _send_round(self, *, last: bool = False) -> None:
+        self._round += 1
+        self._progress.round = self._round
+        self._progress.round_content = 0
+        self._put(Round(self._round))
+        for stream, device in self._devices:
+            if device.description.device_memory:
+                await self._send_capture(stream, device)
+        for stream, area in self._ranges:
+            await self._send_pages(stream, area)
+        end = self._put(RoundEnd(self._round))
+        if last:
+            return
+        if self._transport.answers:
+            await self._acks.receive()
+        else:
+            await end.sent.wait()
+
+    async def _send_capture(self, stream: int, device: Device) -> None:
+        size = await device.capture()
+        self._captures[stream] += 1
+        self._put(Capture(stream, self._captures[stream], size))
+        pos = 0
+        while pos < size:
+            lease = await self._read(device, min(self._session.chunk, size - pos))
+            self._put(Memory(stream, pos), lease)
+            pos += len(lease.view)
+        await self._read_end(device)
+
+    async def _send_config(self, stream: int, device: Device) -> None:
+        pci = await device.read_pci_config()
+        if pci is not None:
+            lease = await self._take(len(pci))
+            lease.view[:] = pci
+            self._put(Pci(stream), lease)
+        size = await device.capture_config() if device.description.config_size else 0
+        pos = 0
+        while pos < size:
+            lease = await self._read(device, min(self._session.chunk, size - pos))
+            self._put(Config(stream, pos, size), lease)
+            pos += len(lease.view)
+        await self._read_end(device)
+
+    async def _read(self, device: Device, size: int) -> Lease:
+        lease = await self._take(size)
+        got = await device.read_into(lease.view)
+        if got != size:
+            raise DeviceBroken(f"{device.name}: the device's state ends {size - got} bytes before the size it told")
+        return lease
+
+    async def _read_end(self, device: Device) -> None:
+        if await device.read_into(memoryview(bytearray(1))):
+            raise DeviceBroken(f"{device.name}: the device's state goes on beyond the size it told")
+
+    async def _send_pages(self, stream: int, area: GuestRange) -> None:
+        if self._round == 1:
+            bitmap = bytearray(b"\xff") * (area.pages // 8) + bytearray(
+                [(1 << area.pages % 8) - 1] * (area.pages % 8 > 0)
+            )
+        else:
+            bitmap = bytearray((area.pages + 7) // 8)
+            for _, device in self._devices:
+                if device.description.dirty_tracking:
+                    await device.merge_dirty(area.address, area.pages, memoryview(bitmap))
+            await self._guest.merge_dirty(area.address, area.pages, memoryview(bitmap))
+        for page in range(0, area.pages, limits.MAX_BITMAP_PAGES):
+            pages = min(limits.MAX_BITMAP_PAGES, area.pages - page)
+            bits = memoryview(bitmap)[page // 8 : (page + pages + 7) // 8]
+            runs = _accel.bitmap_runs(bits, pages)
+            if not runs:
+                continue
+            lease = await self._take(len(bits))
+            lease.view[:] = bits
+            self._put(Bitmap(stream, page, pages), lease)
+            memory = area.view[page * limits.PAGE_SIZE : (page + pages) * limits.PAGE_SIZE]
+            left = sum(runs[1::2]) * limits.PAGE_SIZE
+            pos = index = skip = 0
+            while left:
+                lease = await self._take(min(left, self._session.chunk // limits.PAGE_SIZE * limits.PAGE_SIZE))
+                filled, index, skip = _accel.gather(memory, runs, index, skip, lease.view, limits.PAGE_SIZE)
+                self._put(Pages(stream, pos), lease)
+                pos += filled
+                left -= filled
+
+    async def _take(self, size: int) -> Lease:
+        return await self._budget.take(size, bound(size) if self._settings.compression else 0)
+
+    def _put(self, record: Record, lease: Lease | None = None) -> _Outgoing:
+        """Put a record in line; its lease is the line's from here on."""
+        item = _Outgoing(record, lease)
+        if lease is not None:
+            if not isinstance(record, Bitmap):
+                self._content += len(lease.view)
+                self._progress.content = self._content
+                self._progress.round_content += len(lease.view)
+            item.payload = lease.view
+            if not isinstance(record, Bitmap) and is_zero(lease.view):
+                item.payload, item.flags = b"", framing.FLAG_ZERO
+            elif self._settings.compression and "zstd" in self._session.features:
+                item.ready = anyio.Event()
+                self._raw.send_nowait(item)
+        self._unsent.send_nowait(item)
+        return item
+
+    async def _compress_all(self) -> None:
+        compressor = Compressor(self._settings.compression)
+        async for item in self._to_compress:
+            packed = await anyio.to_thread.run_sync(compressor.compress, item.payload)
+            if packed is not None:
+                item.payload, item.flags = packed, framing.FLAG_ZSTD
+            assert item.ready is not None
+            item.ready.set()
+
+    async def _send_all(self) -> None:
+        async for item in self._to_send:
+            if item.ready is not None:
+                await item.ready.wait()
+            size = framing.PREFIX_SIZE + _HEADER_ROOM + len(item.payload)
+            while not self._session.affords(size):
+                self._credit = anyio.Event()
+                await self._credit.wait()
+            await self._pace.wait(size)
+            content = len(item.lease.view) if item.lease is not None else 0
+            bitmap = item.lease.view if item.lease is not None and isinstance(item.record, Bitmap) else None
+            buffers = self._session.send(
+                item.record, item.payload, flags=item.flags, content_size=content, bitmap=bitmap
+            )
+            try:
+                with anyio.CancelScope(shield=True, deadline=self._send_until) as self._in_flight:
+                    await self._transport.send(buffers)
+                if self._in_flight.cancelled_caught:
+                    await anyio.sleep_forever()  # Called off: this task is about to be cancelled.
+            except ConnectionLost:
+                # The target may have said why before it closed: the listener finds that, and cancels this.
+                with anyio.move_on_after(LINGER if self._transport.answers else 0):
+                    await anyio.sleep_forever()
+                raise
+            finally:
+                self._in_flight = None
+            self._progress.transferred += sum(map(len, buffers))
+            item.payload = b""
+            if item.lease is not None:
+                item.lease.release()
+            item.sent.set()
+
+    async def _listen(self) -> None:
+        while True:
+            record = await read_reply(self._transport, self._session)
+            self._moved_at = anyio.current_time()
+            self._credit.set()
+            match record:
+                case Credit():
+                    pass
+                case Ack():
+                    self._ack.send_nowait(record)
+                    if record.of == "loaded":
+                        return
+                case Abort():
+                    raise PeerAborted(record.code, record.reason, device_stopped=record.stopped)
+                case _:
+                    raise ConnectionLost(f"{self._transport.address}: the target went away before the switchover")
+
+    async def _watch(self) -> None:
+        """Call it off when the source is stopped and the target shows no progress: the guest is waiting."""
+        while True:
+            limit = max(self._moved_at, self._stopped_at) + self._settings.patience
+            if self._stopped_at == math.inf:
+                limit = anyio.current_time() + self._settings.patience
+            elif anyio.current_time() >= limit:
+                raise ConnectionLost(
+                    f"{self._transport.address}: the target took nothing for {self._settings.patience:g} s while the "
+                    "source was stopped"
+                )
+            await anyio.sleep_until(limit)
+
+    # ---- after: the commit
+
+    async def _commit(self) -> None:
+        """Let the target run; returns when it does. From here on, only its word says who has the devices, so this
+        can't be cancelled; it is bounded by three times the patience.
+        """
+        unknown = (
+            f"{self._transport.address}: the connection was lost after the commit, so only the target knows whether it "
+            "runs: see its outcome there, and let the source run again with `vfiostream device resume` only if "
+            "it says that it was never committed"
+        )
+        with anyio.CancelScope(shield=True):
+            head, _ = self._session.send(Commit())
+            try:
+                with anyio.fail_after(self._settings.patience):
+                    await self._transport.send([head])
+                self._progress.transferred += len(head)
+                with anyio.fail_after(2 * self._settings.patience):
+                    while True:
+                        match await read_reply(self._transport, self._session):
+                            case Ack():
+                                return
+                            case Abort() as abort if abort.stopped:
+                                raise PeerAborted(abort.code, abort.reason)
+                            case Abort() as abort:
+                                raise OutcomeUnknown(f"the target was committed and is in doubt: {abort.reason}")
+                            case None:
+                                raise OutcomeUnknown(unknown)
+                            case _:
+                                pass
+            except TransportError as error:
+                if error.taken == 0:
+                    raise
+                raise OutcomeUnknown(unknown) from error
+            except (TimeoutError, VfiostreamError) as error:
+                if isinstance(error, PeerAborted | OutcomeUnknown):
+                    raise
+                raise OutcomeUnknown(unknown) from error
+
+    async def _let_go(self) -> None:
+        """The source is not to run: stop tracking. That this fails changes nothing for the target."""
+        with anyio.CancelScope(shield=True):
+            for _, device in self._devices:
+                try:
+                    await device.release()
+                except VfiostreamError as error:
+                    log.warning("%s: tracking could not be switched off: %s", device.name, error)
+                    self._warnings.append(f"tracking could not be switched off: {error}")
+            await self._guest.stop_tracking()
+
+    async def _store(self) -> None:
+        """Make the checkpoint whole: the source runs already."""
+        head, _ = self._session.send(Commit())
+        await self._transport.send([head])
+        self._progress.transferred += len(head)
+        await self._transport.finish()
+
+    # ---- instead: the source runs on
+
+    async def _resume(self) -> None:
+        """Let the devices run on, then the guest. Never half: every device is tried."""
+        failed = None
+        if self._started:
+            for _, device in self._devices:
+                try:
+                    await device.resume()
+                except VfiostreamError as error:
+                    failed = error
+        if failed is not None:
+            raise failed
+        self._started = False
+        if self._tracking:
+            self._tracking = False
+            await self._guest.stop_tracking()
+        if self._paused:
+            self._paused = False
+            await self._guest.resume()
+
+    async def _recover(self, error: BaseException) -> BaseException:
+        """Make the source run, and tell the target why; returns what is to be raised."""
+        log.debug("calling off: %r", error)
+        with anyio.CancelScope(shield=True):
+            stuck = None
+            try:
+                await self._resume()
+            except VfiostreamError as failed:
+                stuck = failed
+            if self._transport.answers and not isinstance(error, PeerAborted | TransportError):
+                await self._tell(error)
+            if stuck is not None:
+                return SourceStuck(
+                    f"{error}; and then the source could not be resumed ({stuck}): its state is unknown, see to its "
+                    "driver, then use `vfiostream device resume`"
+                )
+        return error
+
+    async def _tell(self, error: BaseException) -> None:
+        """Tell the target why, as far as the link still takes it."""
+        with anyio.move_on_after(LINGER):
+            try:
+                head, _ = self._session.send(
+                    Abort(failure.abort_code(error), failure.reason(failure.told(error)), stopped=False)
+                )
+                await self._transport.send([head])
+                await self._transport.finish()
+                await drain(self._transport)
+            except VfiostreamError as untold:
+                log.debug("the target could not be told: %s", untold)

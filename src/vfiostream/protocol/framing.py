@@ -1,0 +1,111 @@
+"""Frames: a 48-byte prefix, a msgpack header, a raw payload (``docs/format.md``, "Frame").
+
+The only module that hashes. Frames go out as buffers to be gathered, and come in as three pieces, so that a payload is
+never copied here.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import xxhash
+
+from vfiostream.buffers import Buffer
+from vfiostream.errors import StreamError
+from vfiostream.protocol import limits
+
+MAGIC = b"VFS\xf1"
+VERSION = 1
+
+FLAG_ZSTD = 1
+FLAG_ZERO = 2
+
+_PREFIX = struct.Struct("<4sHBBIIQIIQQ")
+_CHECK = struct.Struct("<Q")
+PREFIX_SIZE = _PREFIX.size
+_CHECKED = PREFIX_SIZE - _CHECK.size
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """The fixed part of a frame, believed as far as it can be on its own."""
+
+    type: int
+    flags: int
+    stream: int
+    header_size: int
+    sequence: int
+    payload_size: int
+    content_size: int
+    body_check: int
+
+    @property
+    def frame_size(self) -> int:
+        """Bytes of the whole frame."""
+        return PREFIX_SIZE + self.header_size + self.payload_size
+
+
+def pack_frame(
+    type_: int, stream: int, sequence: int, header: bytes, payload: Buffer, flags: int, content_size: int, seed: int
+) -> tuple[bytes, Buffer]:
+    """Return (prefix and header, payload), ready to be sent one after the other. ``payload`` is not copied: it must not
+    change until it is sent. ``seed`` is the session's (:func:`session_seed`), 0 for a HELLO.
+    """
+    digest = xxhash.xxh3_64(header, seed)
+    digest.update(payload)
+    fields = (MAGIC, VERSION, type_, flags, stream, len(header), sequence, len(payload), content_size)
+    unchecked = _PREFIX.pack(*fields, digest.intdigest(), 0)[:_CHECKED]
+    return unchecked + _CHECK.pack(xxhash.xxh3_64_intdigest(unchecked, seed)) + header, payload
+
+
+def session_seed(session: bytes) -> int:
+    """The seed of every check after the HELLO: frames of another session never pass for this one's."""
+    return int.from_bytes(session[:8], "little")
+
+
+def parse_prefix(data: Buffer, seed: int, where: str) -> Prefix:
+    """Check the first :data:`PREFIX_SIZE` bytes of a frame in the order the format gives, up to the limits; ``where``
+    names the frame in the :class:`~vfiostream.errors.StreamError` that is raised for anything wrong.
+    """
+    magic, version, type_, flags, stream, header_size, sequence, payload_size, content_size, body_check, check = (
+        _PREFIX.unpack(data)
+    )
+    if magic != MAGIC:
+        raise StreamError(where, "does not start with the magic number: this is no vfiostream stream, or it is damaged")
+    if version != VERSION:
+        raise StreamError(where, f"is of format {version}, this side speaks format {VERSION}")
+    if check != xxhash.xxh3_64_intdigest(memoryview(data)[:_CHECKED], seed):
+        raise StreamError(where, "has a prefix that does not match its check value, or is of another session")
+    if header_size > limits.MAX_HELLO:
+        raise StreamError(where, f"has a header of {header_size} bytes (the limit is {limits.MAX_HELLO})")
+    if payload_size > limits.MAX_CONTENT or content_size > limits.MAX_CONTENT:
+        raise StreamError(
+            where,
+            f"has {payload_size} bytes of payload for {content_size} of content (the limit is {limits.MAX_CONTENT})",
+        )
+    if flags == 0:
+        sound = payload_size == content_size
+    elif flags == FLAG_ZSTD:
+        sound = 0 < payload_size < content_size
+    elif flags == FLAG_ZERO:
+        sound = payload_size == 0 and content_size > 0
+    else:
+        raise StreamError(where, f"has unknown flags {flags:#04x}")
+    if not sound:
+        raise StreamError(
+            where, f"has {payload_size} bytes of payload for {content_size} of content with flags {flags}"
+        )
+    return Prefix(type_, flags, stream, header_size, sequence, payload_size, content_size, body_check)
+
+
+def check_body(prefix: Prefix, header: Buffer, payload: Sequence[Buffer], seed: int, where: str) -> None:
+    """Check header and payload (in pieces, as they were received) against the prefix; raises
+    :class:`~vfiostream.errors.StreamError`.
+    """
+    digest = xxhash.xxh3_64(header, seed)
+    for piece in payload:
+        digest.update(piece)
+    if digest.intdigest() != prefix.body_check:
+        raise StreamError(where, "has content that does not match its check value")

@@ -1,0 +1,582 @@
+"""The conversation: which record may come when, from whom, and whether its positions fit (``docs/format.md``, "Order").
+
+Sans-IO: a session takes records and bytes and returns buffers and records. The order is a literal table of phases,
+shared by both ends; the positions are checked by :class:`_Contents`, on the way out as on the way in. What the peer
+does wrong is a :class:`~vfiostream.errors.StreamError`, what we do wrong a
+:class:`~vfiostream.errors.LocalProtocolError`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from vfiostream import _accel
+from vfiostream.buffers import Buffer
+from vfiostream.errors import LocalProtocolError, StreamError
+from vfiostream.protocol import framing, limits, records
+from vfiostream.protocol.framing import Prefix
+from vfiostream.protocol.records import (
+    Ack,
+    Bitmap,
+    Capture,
+    Config,
+    Credit,
+    End,
+    Hello,
+    Memory,
+    Pages,
+    Pci,
+    RangeEntry,
+    Record,
+    Round,
+    RoundEnd,
+    Welcome,
+)
+
+log = logging.getLogger("vfiostream.protocol")
+
+
+class Phase(Enum):
+    """Where a migration is."""
+
+    START = auto()
+    GREETED = auto()
+    OPEN = auto()
+    """Between rounds, the source's devices run."""
+    ROUND = auto()
+    ROUND_SENT = auto()
+    STOPPED = auto()
+    """The source's devices are stopped; the last round follows."""
+    LAST_ROUND = auto()
+    CONFIG = auto()
+    """The devices' config follows."""
+    ENDED = auto()
+    LOADED = auto()
+    COMMITTED = auto()
+    """The target owns the devices."""
+    DONE = auto()
+    ABORTED = auto()
+
+
+class Step(Enum):
+    """What moves a migration from phase to phase: the records, with ACK and the data records told apart."""
+
+    HELLO = "HELLO"
+    WELCOME = "WELCOME"
+    ROUND = "ROUND"
+    DATA = "CAPTURE, MEMORY, BITMAP, PAGES"
+    ROUND_END = "ROUND_END"
+    ROUND_ACK = "ACK round"
+    STATE = "STATE stopped"
+    CONFIG = "PCI, CONFIG"
+    END = "END"
+    LOADED_ACK = "ACK loaded"
+    COMMIT = "COMMIT"
+    RUNNING_ACK = "ACK running"
+    CREDIT = "CREDIT"
+    ABORT = "ABORT"
+
+
+_STEPS = {
+    "HELLO": Step.HELLO,
+    "WELCOME": Step.WELCOME,
+    "ROUND": Step.ROUND,
+    "CAPTURE": Step.DATA,
+    "MEMORY": Step.DATA,
+    "BITMAP": Step.DATA,
+    "PAGES": Step.DATA,
+    "ROUND_END": Step.ROUND_END,
+    "STATE": Step.STATE,
+    "PCI": Step.CONFIG,
+    "CONFIG": Step.CONFIG,
+    "END": Step.END,
+    "CREDIT": Step.CREDIT,
+    "COMMIT": Step.COMMIT,
+    "ABORT": Step.ABORT,
+}
+_ACKS = {"round": Step.ROUND_ACK, "loaded": Step.LOADED_ACK, "running": Step.RUNNING_ACK}
+
+TARGET_STEPS = frozenset({Step.WELCOME, Step.ROUND_ACK, Step.LOADED_ACK, Step.RUNNING_ACK, Step.CREDIT})
+"""What only a target says; ABORT is said by both, everything else by the source."""
+
+LIVE: dict[tuple[Phase, Step], Phase] = {
+    (Phase.START, Step.HELLO): Phase.GREETED,
+    (Phase.GREETED, Step.WELCOME): Phase.OPEN,
+    (Phase.OPEN, Step.ROUND): Phase.ROUND,
+    (Phase.ROUND, Step.DATA): Phase.ROUND,
+    (Phase.ROUND, Step.ROUND_END): Phase.ROUND_SENT,
+    (Phase.ROUND_SENT, Step.ROUND_ACK): Phase.OPEN,
+    (Phase.OPEN, Step.STATE): Phase.STOPPED,
+    (Phase.STOPPED, Step.ROUND): Phase.LAST_ROUND,
+    (Phase.LAST_ROUND, Step.DATA): Phase.LAST_ROUND,
+    (Phase.LAST_ROUND, Step.ROUND_END): Phase.CONFIG,
+    (Phase.CONFIG, Step.CONFIG): Phase.CONFIG,
+    (Phase.CONFIG, Step.END): Phase.ENDED,
+    (Phase.ENDED, Step.LOADED_ACK): Phase.LOADED,
+    (Phase.LOADED, Step.COMMIT): Phase.COMMITTED,
+    (Phase.COMMITTED, Step.RUNNING_ACK): Phase.DONE,
+    (Phase.OPEN, Step.CREDIT): Phase.OPEN,
+    (Phase.ROUND, Step.CREDIT): Phase.ROUND,
+    (Phase.ROUND_SENT, Step.CREDIT): Phase.ROUND_SENT,
+    (Phase.STOPPED, Step.CREDIT): Phase.STOPPED,
+    (Phase.LAST_ROUND, Step.CREDIT): Phase.LAST_ROUND,
+    (Phase.CONFIG, Step.CREDIT): Phase.CONFIG,
+    (Phase.ENDED, Step.CREDIT): Phase.ENDED,
+    (Phase.START, Step.ABORT): Phase.ABORTED,
+    (Phase.GREETED, Step.ABORT): Phase.ABORTED,
+    (Phase.OPEN, Step.ABORT): Phase.ABORTED,
+    (Phase.ROUND, Step.ABORT): Phase.ABORTED,
+    (Phase.ROUND_SENT, Step.ABORT): Phase.ABORTED,
+    (Phase.STOPPED, Step.ABORT): Phase.ABORTED,
+    (Phase.LAST_ROUND, Step.ABORT): Phase.ABORTED,
+    (Phase.CONFIG, Step.ABORT): Phase.ABORTED,
+    (Phase.ENDED, Step.ABORT): Phase.ABORTED,
+    (Phase.LOADED, Step.ABORT): Phase.ABORTED,
+    (Phase.COMMITTED, Step.ABORT): Phase.ABORTED,
+}
+"""A migration over a link: both ends walk through it."""
+
+STORED: dict[tuple[Phase, Step], Phase] = {
+    (Phase.START, Step.HELLO): Phase.OPEN,
+    (Phase.OPEN, Step.ROUND): Phase.ROUND,
+    (Phase.ROUND, Step.DATA): Phase.ROUND,
+    (Phase.ROUND, Step.ROUND_END): Phase.OPEN,
+    (Phase.OPEN, Step.STATE): Phase.STOPPED,
+    (Phase.STOPPED, Step.ROUND): Phase.LAST_ROUND,
+    (Phase.LAST_ROUND, Step.DATA): Phase.LAST_ROUND,
+    (Phase.LAST_ROUND, Step.ROUND_END): Phase.CONFIG,
+    (Phase.CONFIG, Step.CONFIG): Phase.CONFIG,
+    (Phase.CONFIG, Step.END): Phase.LOADED,
+    (Phase.LOADED, Step.COMMIT): Phase.DONE,
+}
+"""A checkpoint: the same stream, and nobody answers."""
+
+
+def _step(record: Record) -> Step:
+    return _ACKS[record.of] if isinstance(record, Ack) else _STEPS[record.type.name]
+
+
+@dataclass(slots=True)
+class _DeviceProgress:
+    captures: int = 0
+    left: int = 0
+    """Bytes of the open capture that are still to come."""
+    pos: int = 0
+    pci: bool = False
+    config_size: int = 0
+    config_pos: int = 0
+
+
+@dataclass(slots=True)
+class _RangeProgress:
+    next_page: int = 0
+    """First page that a window of this round may start at."""
+    left: int = 0
+    pos: int = 0
+    announced: int = 0
+    """Pages in this round."""
+
+
+def _misplaced(size: int, pos: int, left: int, expected: int) -> str:
+    return f"has {size} bytes at {pos}, where {left} bytes at {expected} are to come"
+
+
+class _Contents:
+    """What has come of what was announced. :meth:`take` raises ValueError for a record that does not fit."""
+
+    def __init__(self, hello: Hello) -> None:
+        self._devices = {entry.stream: (entry, _DeviceProgress()) for entry in hello.devices}
+        self._ranges: dict[int, tuple[RangeEntry, _RangeProgress]] = {
+            entry.stream: (entry, _RangeProgress()) for entry in hello.ranges
+        }
+        self.rounds = 0
+        self.content = 0
+
+    def take(self, record: Record, content_size: int, bitmap: Buffer | None) -> None:
+        match record:
+            case Round():
+                if record.number != self.rounds + 1:
+                    raise ValueError(f"starts round {record.number}, round {self.rounds + 1} is next")
+                self.rounds = record.number
+                for _, guest in self._ranges.values():
+                    guest.next_page = guest.announced = 0
+            case Capture():
+                self._capture(record)
+            case Memory():
+                device = self._device(record.stream)[1]
+                if record.pos != device.pos or content_size > device.left:
+                    raise ValueError(_misplaced(content_size, record.pos, device.left, device.pos))
+                device.pos += content_size
+                device.left -= content_size
+                self.content += content_size
+            case Bitmap():
+                assert bitmap is not None
+                self._bitmap(record, bitmap)
+            case Pages():
+                guest = self._range(record.stream)[1]
+                if record.pos != guest.pos or content_size > guest.left or content_size % limits.PAGE_SIZE:
+                    raise ValueError(_misplaced(content_size, record.pos, guest.left, guest.pos))
+                guest.pos += content_size
+                guest.left -= content_size
+                self.content += content_size
+            case RoundEnd():
+                self._round_end(record)
+            case Pci():
+                entry, device = self._device(record.stream)
+                if entry.pci is None or device.pci:
+                    raise ValueError(f"is not expected for stream {record.stream}")
+                device.pci = True
+                self.content += content_size
+            case Config():
+                self._config(record, content_size)
+            case End():
+                self._end(record)
+            case _:
+                pass
+
+    def _device(self, stream: int) -> tuple[records.DeviceEntry, _DeviceProgress]:
+        if stream not in self._devices:
+            raise ValueError(f"is on stream {stream}, which is no device")
+        return self._devices[stream]
+
+    def _range(self, stream: int) -> tuple[RangeEntry, _RangeProgress]:
+        if stream not in self._ranges:
+            raise ValueError(f"is on stream {stream}, which is no range of guest memory")
+        return self._ranges[stream]
+
+    def _capture(self, record: Capture) -> None:
+        entry, device = self._device(record.stream)
+        if not entry.device_memory:
+            raise ValueError(f"is for {entry.name}, which has no device memory")
+        if device.left:
+            raise ValueError(f"comes while {device.left} bytes of the capture before are missing")
+        if record.number != device.captures + 1:
+            raise ValueError(f"is capture {record.number} of {entry.name}, capture {device.captures + 1} is next")
+        device.captures += 1
+        device.left, device.pos = record.size, 0
+
+    def _bitmap(self, record: Bitmap, bitmap: Buffer) -> None:
+        entry, guest = self._range(record.stream)
+        if guest.left:
+            raise ValueError(f"comes while {guest.left} bytes of pages announced before are missing")
+        if record.page < guest.next_page or record.page + record.pages > entry.pages:
+            raise ValueError(
+                f"covers pages {record.page} to {record.page + record.pages - 1}, not pages from "
+                f"{guest.next_page} to {entry.pages - 1}"
+            )
+        if len(bitmap) != (record.pages + 7) // 8:
+            raise ValueError(f"has {len(bitmap)} bytes for {record.pages} pages")
+        if record.pages % 8 and bitmap[-1] >> record.pages % 8:
+            raise ValueError("has bits set beyond its last page")
+        count = _accel.bitmap_count(bitmap, record.pages)
+        if not count:
+            raise ValueError("announces no page")
+        guest.next_page = record.page + record.pages
+        guest.announced += count
+        guest.left, guest.pos = count * limits.PAGE_SIZE, 0
+
+    def _round_end(self, record: RoundEnd) -> None:
+        if record.number != self.rounds:
+            raise ValueError(f"ends round {record.number} in round {self.rounds}")
+        for entry, device in self._devices.values():
+            if device.left:
+                raise ValueError(f"comes while {device.left} bytes of {entry.name} are missing")
+        for area, guest in self._ranges.values():
+            if guest.left:
+                raise ValueError(f"comes while {guest.left} bytes of guest memory at {area.address:#x} are missing")
+            if self.rounds == 1 and guest.announced != area.pages:
+                raise ValueError(
+                    f"ends the first round with {guest.announced} of {area.pages} pages of guest memory "
+                    f"at {area.address:#x}"
+                )
+
+    def _config(self, record: Config, content_size: int) -> None:
+        entry, device = self._device(record.stream)
+        if entry.pci is not None and not device.pci:
+            raise ValueError(f"comes before the PCI config space of {entry.name}")
+        if record.pos == 0 and not device.config_size:
+            if record.size > limits.MAX_CONFIG:
+                raise ValueError(f"announces {record.size} bytes of config (the limit is {limits.MAX_CONFIG})")
+            device.config_size = record.size
+        if (
+            record.size != device.config_size
+            or record.pos != device.config_pos
+            or content_size > record.size - record.pos
+        ):
+            raise ValueError(
+                f"has {content_size} bytes at {record.pos} of {record.size}, where byte {device.config_pos} "
+                f"of {device.config_size} is next"
+            )
+        device.config_pos += content_size
+        self.content += content_size
+
+    def _end(self, record: End) -> None:
+        for entry, device in self._devices.values():
+            if device.config_pos != device.config_size or (entry.config_size and not device.config_size):
+                raise ValueError(f"comes before the whole config of {entry.name}")
+        if (record.rounds, record.content) != (self.rounds, self.content):
+            raise ValueError(
+                f"counts {record.rounds} rounds and {record.content} bytes, {self.rounds} and {self.content} came"
+            )
+
+
+class _Session:
+    """What both ends share: the table, the sequence numbers, the positions."""
+
+    def __init__(
+        self, table: dict[tuple[Phase, Step], Phase], sends: frozenset[Step], receives: frozenset[Step]
+    ) -> None:
+        self.phase = Phase.START
+        self._table = table
+        self._sends = sends
+        self._receives = receives
+        self._sent = 0
+        self._received = 0
+        self._contents: _Contents | None = None
+        self._seed = 0
+        """Of the checks of every frame but the first of a direction, known once the HELLO has passed."""
+        self.chunk = limits.MIN_CHUNK
+        """Most content of a frame; final once HELLO and WELCOME have passed."""
+        self.features: tuple[str, ...] = ()
+        """What both ends agreed to use."""
+
+    @property
+    def rounds(self) -> int:
+        """Rounds that have begun."""
+        return self._contents.rounds if self._contents else 0
+
+    @property
+    def content(self) -> int:
+        """Bytes of content that have been announced by data records."""
+        return self._contents.content if self._contents else 0
+
+    @property
+    def next_record(self) -> str:
+        """What messages call the frame that should come next."""
+        return f"record {self._received + 1}"
+
+    def parse(self, prefix: Buffer) -> Prefix:
+        """Check the first 48 bytes of the next frame from the peer, before header and payload are read. Raises
+        :class:`~vfiostream.errors.StreamError`.
+        """
+        parsed = framing.parse_prefix(prefix, self._seed if self._received else 0, self.next_record)
+        where = records.name_of(parsed.type, parsed.sequence)
+        if parsed.sequence != self._received + 1:
+            raise StreamError(where, f"is out of order: record {self._received + 1} should come here")
+        if not records.is_known(parsed.type):
+            raise StreamError(where, "is not part of this format")
+        if parsed.header_size > limits.MAX_HEADER and parsed.type != records.RecordType.HELLO:
+            raise StreamError(where, f"has a header of {parsed.header_size} bytes (the limit is {limits.MAX_HEADER})")
+        if parsed.flags == framing.FLAG_ZSTD and "zstd" not in self.features:
+            raise StreamError(where, "is compressed, and the ends did not agree on that")
+        least, most = records.CONTENT.get(records.RecordType(parsed.type), (0, 0))
+        most = min(most, self.chunk)
+        if not least <= parsed.content_size <= most:
+            raise StreamError(where, f"has {parsed.content_size} bytes of content, not {least} to {most}")
+        return parsed
+
+    def check(self, prefix: Prefix, header: Buffer, payload: Sequence[Buffer]) -> None:
+        """Check header and payload (in the pieces it was received in) against their prefix. Raises
+        :class:`~vfiostream.errors.StreamError`.
+        """
+        seed = self._seed if self._received else 0
+        framing.check_body(prefix, header, payload, seed, records.name_of(prefix.type, prefix.sequence))
+
+    def _accept(self, prefix: Prefix, header: Buffer, bitmap: Buffer | None) -> Record:
+        """Decode and check a frame whose body check has passed."""
+        record = records.decode(prefix.type, prefix.stream, prefix.sequence, header)
+        where = records.name_of(prefix.type, prefix.sequence)
+        step = _step(record)
+        if step not in self._receives or (self.phase, step) not in self._table:
+            raise StreamError(where, f"must not come now (the migration is in phase {self.phase.name})")
+        if isinstance(record, Hello | Welcome):
+            self._greet(record, where)
+        if self._contents is not None:
+            try:
+                self._contents.take(record, prefix.content_size, bitmap)
+            except ValueError as error:
+                raise StreamError(where, str(error)) from error
+        self._move(step)
+        self._received += 1
+        log.debug("in  %s %s, %d bytes", where, record, prefix.frame_size)
+        return record
+
+    def _greet(self, record: Hello | Welcome, where: str) -> None:
+        """Take what the peer's greeting settles."""
+        raise LocalProtocolError("a session is a SourceSession or a TargetSession")
+
+    def _emit(
+        self, record: Record, payload: Buffer, flags: int, content_size: int, bitmap: Buffer | None
+    ) -> tuple[bytes, Buffer]:
+        step = _step(record)
+        if step not in self._sends or (self.phase, step) not in self._table:
+            raise LocalProtocolError(f"{record.type.name} must not be sent in phase {self.phase.name}")
+        if self._contents is not None:
+            try:
+                self._contents.take(record, content_size, bitmap)
+            except ValueError as error:
+                raise LocalProtocolError(f"{record.type.name} {error}") from error
+        self._move(step)
+        self._sent += 1
+        stream = record.stream if record.type in records.STREAMED else 0  # type: ignore[union-attr]
+        head, payload = framing.pack_frame(
+            record.type,
+            stream,
+            self._sent,
+            records.encode(record),
+            payload,
+            flags,
+            content_size,
+            self._seed if self._sent > 1 else 0,
+        )
+        log.debug("out %s record %d %s, %d bytes", record.type.name, self._sent, record, len(head) + len(payload))
+        return head, payload
+
+    def _move(self, step: Step) -> None:
+        phase = self._table[self.phase, step]
+        if phase is not self.phase:
+            log.debug("phase %s -> %s on %s", self.phase.name, phase.name, step.value)
+        self.phase = phase
+
+
+_SOURCE_STEPS = frozenset(Step) - TARGET_STEPS
+
+
+class SourceSession(_Session):
+    """The source's end of a migration, or the writer of a checkpoint (``answers=False``)."""
+
+    def __init__(self, hello: Hello, *, answers: bool) -> None:
+        super().__init__(LIVE if answers else STORED, _SOURCE_STEPS, TARGET_STEPS | {Step.ABORT})
+        self._hello = hello
+        self._answers = answers
+        self.chunk = hello.chunk
+        self.features = hello.features
+        self._limit = 0
+        self._spent = 0
+
+    def send(
+        self,
+        record: Record,
+        payload: Buffer = b"",
+        *,
+        flags: int = 0,
+        content_size: int | None = None,
+        bitmap: Buffer | None = None,
+    ) -> tuple[bytes, Buffer]:
+        """Return the buffers of the next frame, to be sent in this order. ``payload`` is as the flags say, of
+        ``content_size`` bytes of content (default: the payload is the content); ``bitmap`` is the content of a BITMAP.
+        The payload stays the caller's and must not change until it is sent. Raises
+        :class:`~vfiostream.errors.LocalProtocolError` where the record must not be sent now, or exceeds the credit.
+        """
+        size = len(payload) if content_size is None else content_size
+        head, payload = self._emit(record, payload, flags, size, bitmap)
+        if isinstance(record, Hello):
+            self._seed = framing.session_seed(record.session)
+            self._contents = _Contents(record)
+        elif _step(record) not in _FREE:
+            self._spent += len(head) + len(payload)
+            if self._answers and self._spent > self._limit:
+                raise LocalProtocolError(f"{record.type.name} exceeds the credit by {self._spent - self._limit} bytes")
+        return head, payload
+
+    def affords(self, frame_size: int) -> bool:
+        """Whether the target's credit covers a frame of ``frame_size`` bytes now."""
+        return not self._answers or self._spent + frame_size <= self._limit
+
+    def receive(self, prefix: Prefix, header: Buffer) -> Record:
+        """Take a frame from the target, whose prefix :meth:`parse` returned and whose body check has passed. Raises
+        :class:`~vfiostream.errors.StreamError`.
+        """
+        record = self._accept(prefix, header, None)
+        where = records.name_of(prefix.type, prefix.sequence)
+        match record:
+            case Welcome():
+                self._credit(record.credit, where)
+            case Credit():
+                self._credit(record.limit, where)
+            case Ack():
+                if record.number != self.rounds:
+                    raise StreamError(where, f"is for round {record.number}, round {self.rounds} was sent")
+                self._credit(record.limit, where)
+            case _:
+                pass
+        return record
+
+    def _greet(self, record: Hello | Welcome, where: str) -> None:
+        assert isinstance(record, Welcome)
+        if record.session != self._hello.session:
+            raise StreamError(where, "is for another session")
+        if not set(record.features) <= set(self._hello.features):
+            raise StreamError(where, "agrees to features that were not asked for")
+        self.features = record.features
+        self.chunk = min(self.chunk, record.chunk)
+
+    def _credit(self, limit: int, where: str) -> None:
+        if limit < self._limit:
+            raise StreamError(where, f"takes back credit: {limit} after {self._limit}")
+        self._limit = limit
+
+
+_FREE = frozenset({Step.HELLO, Step.COMMIT, Step.ABORT})
+"""What costs no credit."""
+
+
+class TargetSession(_Session):
+    """The target's end of a migration, or the reader of a checkpoint (``answers=False``)."""
+
+    def __init__(self, *, chunk: int, answers: bool) -> None:
+        """``chunk`` is the most that there is room for. Over a link, the WELCOME that is sent says what holds: at most
+        this and at most the HELLO's.
+        """
+        super().__init__(LIVE if answers else STORED, TARGET_STEPS | {Step.ABORT}, _SOURCE_STEPS)
+        self._answers = answers
+        self._most = chunk
+        self._limit = 0
+        self.spent = 0
+        """Bytes of frames that count against the credit and have come."""
+
+    def receive(self, prefix: Prefix, header: Buffer, bitmap: Buffer | None = None) -> Record:
+        """Take a frame from the source, whose prefix :meth:`parse` returned and whose body check has passed; ``bitmap``
+        is the content of a BITMAP. Raises :class:`~vfiostream.errors.StreamError`.
+        """
+        record = self._accept(prefix, header, bitmap)
+        if self._answers and _step(record) not in _FREE:
+            self.spent += prefix.frame_size
+            if self.spent > self._limit:
+                where = records.name_of(prefix.type, prefix.sequence)
+                raise StreamError(where, f"exceeds the credit that was given by {self.spent - self._limit} bytes")
+        return record
+
+    def send(self, record: Record) -> tuple[bytes, Buffer]:
+        """Return the buffers of the next frame to the source. Raises
+        :class:`~vfiostream.errors.LocalProtocolError` where it must not be sent now.
+        """
+        match record:
+            case Welcome():
+                self._limit = record.credit
+                self.features = record.features
+                self.chunk = record.chunk
+            case Credit() | Ack():
+                if record.limit < self._limit:
+                    raise LocalProtocolError(f"{record.type.name} takes back credit")
+                self._limit = record.limit
+            case _:
+                pass
+        return self._emit(record, b"", 0, 0, None)
+
+    def _greet(self, record: Hello | Welcome, where: str) -> None:
+        assert isinstance(record, Hello)
+        self._seed = framing.session_seed(record.session)
+        self._contents = _Contents(record)
+        if not self._answers:
+            unknown = set(record.features) - set(records.FEATURES)
+            if unknown:
+                raise StreamError(where, f"uses features that this side does not know: {', '.join(sorted(unknown))}")
+            if record.chunk > self._most:
+                raise StreamError(
+                    where, f"has chunks of {record.chunk} bytes, more than the {self._most} there is room for"
+                )
+            self.features, self.chunk = record.features, record.chunk

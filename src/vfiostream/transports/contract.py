@@ -1,0 +1,92 @@
+"""What a transport is: one ordered stream of bytes to somebody, or to a file.
+
+A transport moves buffers and knows nothing of frames. It is used by one task for sending and by one for receiving; the
+two may run at the same time. Every transport passes the suite in ``tests/transport_contract.py``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from vfiostream.buffers import Buffer
+
+
+class Transport(ABC):
+    """One ordered byte stream, in one direction or in both.
+
+    Errors: a peer or link that is gone raises :class:`~vfiostream.errors.ConnectionLost`, anything else the operating
+    system reports raises :class:`~vfiostream.errors.TransportError`, both naming :attr:`address`. Using a transport
+    after :meth:`aclose`, or while it is closed, raises :class:`~vfiostream.errors.TransportError`; using one in a
+    direction it does not have raises :class:`~vfiostream.errors.LocalProtocolError`.
+    """
+
+    address: str
+    """How the user would write it, with what was filled in (``tcp:127.0.0.1:40001``); for messages."""
+
+    answers: bool
+    """Whether somebody reads what is sent and may answer now (a link), or not (a file)."""
+
+    @abstractmethod
+    async def send(self, buffers: Sequence[Buffer]) -> None:
+        """Hand over every byte of ``buffers``, in order.
+
+        Returns when the buffers may be reused: their content was copied by the kernel or written. Blocks while the
+        other side takes nothing; that is the backpressure. If it is cancelled or fails, an unknown prefix went out:
+        the transport is torn, later calls to ``send`` and ``finish`` raise, and the buffers may be reused. Only a call
+        that was cancelled before its first byte went out leaves the transport as it was.
+        """
+
+    @abstractmethod
+    async def receive(self, into: memoryview) -> int:
+        """Fill ``into`` (not empty) from its start with at least one byte and return how many; 0 means the sender
+        has finished and everything was read. The buffer belongs to the transport only while the call runs. A cancelled
+        call loses no bytes: either they are still to be read, or the call returned them.
+        """
+
+    @abstractmethod
+    async def finish(self) -> None:
+        """Say that nothing more will be sent. On a link, the peer's ``receive`` then returns 0. For a file, everything
+        is durable (file and folder synced) and has its final name when this returns, and not before. A ``send`` or
+        ``finish`` after it raises :class:`~vfiostream.errors.LocalProtocolError`.
+        """
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Let go of everything, at once and without raising; may be called again, and under cancellation. A file that
+        was not finished is removed: nothing half written is ever left under the final name. On a link, the peer sees
+        ``ConnectionLost`` or the end of the stream.
+        """
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+
+class Listener(ABC):
+    """Where a transport comes from on the receiving side."""
+
+    address: str
+    """As on :class:`Transport`; with the real port where port 0 was asked for."""
+
+    @abstractmethod
+    async def accept(self) -> Transport:
+        """Wait for a sender. For a file, open it. May be called again for the next one."""
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Stop listening; transports that were accepted live on. Never raises; may be called again."""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.aclose()

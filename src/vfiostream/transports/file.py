@@ -1,0 +1,308 @@
+"""A file as a transport: written to the side and named when it is whole, read from its start.
+
+System calls run in worker threads that are never abandoned, for reads and writes of a file block. Invariants:
+
+- The final name appears only in ``finish``, after the content is durable; until then it is a hidden ``.partial`` file.
+- A name that exists is never replaced unless that was asked for: ``link`` decides it, without a race.
+- ``_lock`` is held around every use of the descriptor, so that it is not closed under a thread that uses it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import secrets
+import stat
+import threading
+from collections.abc import Sequence
+
+import anyio
+import anyio.lowlevel
+import anyio.to_thread
+
+from vfiostream.buffers import Buffer
+from vfiostream.errors import LocalProtocolError, TransportError, UsageError
+from vfiostream.transports.contract import Listener, Transport
+from vfiostream.transports.unsent import Unsent
+
+logger = logging.getLogger("vfiostream.transport")
+
+CLOSE_TIMEOUT = 5.0
+"""Seconds ``aclose`` waits for a file system that hangs; closing then goes on by itself."""
+
+_ADVICE = {
+    errno.EACCES: "change its permissions or choose another path",
+    errno.EDQUOT: "free some space or raise the quota",
+    errno.EFBIG: "raise the limit on file sizes or choose another file system",
+    errno.EISDIR: "name a file",
+    errno.ENAMETOOLONG: "shorten the name",
+    errno.ENOENT: "check the path; folders are not made",
+    errno.ENOSPC: "free some space or choose another file system",
+    errno.ENOTDIR: "check the path",
+    errno.EPERM: "change its permissions or choose another path",
+    errno.EROFS: "choose a file system that can be written",
+}
+
+
+def _failure(address: str, doing: str, error: OSError) -> TransportError:
+    advice = _ADVICE.get(error.errno or 0, "check the file system and its device")
+    return TransportError(f"{address}: {doing} failed ({error.strerror}); {advice}")
+
+
+class _OpenFile(Transport):
+    """What both directions share: a descriptor that worker threads use and that is closed once."""
+
+    def __init__(self, address: str, fd: int) -> None:
+        self.address = address
+        self.answers = False
+        self._fd = fd
+        self._lock = threading.Lock()
+        self._closed = False
+
+    async def aclose(self) -> None:
+        self._closed = True
+        with anyio.move_on_after(CLOSE_TIMEOUT, shield=True) as scope:
+            await anyio.to_thread.run_sync(self._close, abandon_on_cancel=True)
+        if scope.cancelled_caught:
+            logger.warning("%s: the file system does not answer; closing goes on behind", self.address)
+
+    def _close(self) -> None:
+        with self._lock:
+            if self._fd < 0:
+                return
+            fd, self._fd = self._fd, -1
+            try:
+                self._let_go(fd)
+            except OSError as error:
+                logger.warning("%s: closing failed: %s", self.address, error.strerror)
+        logger.debug("%s: closed", self.address)
+
+    def _let_go(self, fd: int) -> None:
+        os.close(fd)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise TransportError(f"{self.address}: the file was closed; open it again")
+
+
+class FileWriter(_OpenFile):
+    """A file being written. Cancelling a call takes effect after it, so a ``send`` is whole or was not begun."""
+
+    def __init__(self, address: str, fd: int, folder: int, partial: str, name: str, *, replace: bool) -> None:
+        super().__init__(address, fd)
+        self._folder = folder
+        self._partial = partial
+        self._name = name
+        self._replace = replace
+        self._torn = False
+        self._finished = False
+
+    async def send(self, buffers: Sequence[Buffer]) -> None:
+        self._check_can_write()
+        await anyio.to_thread.run_sync(self._write, buffers)
+
+    async def finish(self) -> None:
+        self._check_can_write()
+        await anyio.to_thread.run_sync(self._publish)
+
+    async def receive(self, into: memoryview) -> int:
+        raise LocalProtocolError(f"{self.address}: a file opened for writing can't be read")
+
+    def _write(self, buffers: Sequence[Buffer]) -> None:
+        with self._lock, Unsent(buffers) as unsent:
+            self._check_open()
+            while unsent:
+                self._torn = True
+                try:
+                    count = os.writev(self._fd, unsent.head())
+                except OSError as error:
+                    raise _failure(self.address, "writing", error) from error
+                unsent.advance(count)
+                if logger.isEnabledFor(logging.DEBUG):
+                    logger.debug("%s: wrote %d bytes", self.address, count)
+            self._torn = False
+
+    def _publish(self) -> None:
+        with self._lock:
+            self._check_open()
+            self._torn = True
+            try:
+                os.fsync(self._fd)
+                self._give_name()
+                os.fsync(self._folder)
+            except FileExistsError as error:
+                raise _exists(self.address) from error
+            except OSError as error:
+                raise _failure(self.address, "finishing", error) from error
+            self._torn = False
+            self._finished = True
+        logger.debug("%s: written and durable", self.address)
+
+    def _give_name(self) -> None:
+        if self._replace:
+            os.replace(self._partial, self._name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
+        else:
+            _link(self._folder, self._partial, self._name)
+            os.unlink(self._partial, dir_fd=self._folder)
+
+    def _let_go(self, fd: int) -> None:
+        try:
+            if not self._finished:
+                _unlink_if_there(self._folder, self._partial)
+        finally:
+            os.close(self._folder)
+            os.close(fd)
+
+    def _check_can_write(self) -> None:
+        self._check_open()
+        if self._finished:
+            raise LocalProtocolError(f"{self.address}: nothing can be sent or finished after finish")
+        if self._torn:
+            raise TransportError(f"{self.address}: an earlier write stopped part-way; start over with a new file")
+
+
+class FileReader(_OpenFile):
+    """A file being read. The position moves when a call returns, so that a call that is cut off loses nothing."""
+
+    def __init__(self, address: str, fd: int) -> None:
+        super().__init__(address, fd)
+        self._offset = 0
+
+    async def send(self, buffers: Sequence[Buffer]) -> None:
+        raise LocalProtocolError(f"{self.address}: a file opened for reading can't be written")
+
+    async def finish(self) -> None:
+        raise LocalProtocolError(f"{self.address}: a file opened for reading can't be finished")
+
+    async def receive(self, into: memoryview) -> int:
+        self._check_open()
+        count = await anyio.to_thread.run_sync(self._read, into)
+        self._offset += count
+        return count
+
+    def _read(self, into: memoryview) -> int:
+        with self._lock:
+            self._check_open()
+            try:
+                count = os.preadv(self._fd, [into], self._offset)
+            except OSError as error:
+                raise _failure(self.address, "reading", error) from error
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("%s: read %d bytes at %d", self.address, count, self._offset)
+        return count
+
+
+class FileListener(Listener):
+    """Opens the file at each :meth:`accept`, from its start."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._closed = False
+
+    async def accept(self) -> Transport:
+        if self._closed:
+            raise TransportError(f"{self.address}: the listener was closed; open a new one")
+        return await anyio.to_thread.run_sync(_open_to_read, self.address)
+
+    async def aclose(self) -> None:
+        self._closed = True
+
+
+async def connect(address: str, *, replace: bool) -> Transport:
+    """Begin a file of mode 0600. One that exists is refused, or replaced by ``finish`` with ``replace``."""
+    return await anyio.to_thread.run_sync(_open_to_write, address, replace)
+
+
+async def listen(address: str) -> Listener:
+    """Name a file to be read; whether it can be is known at ``accept``."""
+    await anyio.lowlevel.checkpoint()
+    return FileListener(address)
+
+
+def _open_to_write(address: str, replace: bool) -> FileWriter:
+    path = address.removeprefix("file:")
+    folder_path, name = os.path.split(path)
+    if name in ("", ".", ".."):
+        raise UsageError(f"{address!r} names a folder; name a file in it")
+    with contextlib.ExitStack() as undo:
+        # All names are relative to the folder's descriptor: the file is finished where it was begun, even if the
+        # folder gets another name or the process another working directory.
+        try:
+            folder = os.open(folder_path or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise _failure(address, "opening the folder", error) from error
+        undo.callback(os.close, folder)
+        _check_free(address, folder, name, replace)
+        partial = f".{name}.{secrets.token_hex(4)}.partial"
+        try:
+            fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=folder)
+        except OSError as error:
+            raise _failure(address, "making the file", error) from error
+        undo.callback(os.close, fd)
+        undo.callback(_unlink_if_there, folder, partial)
+        if not replace:
+            _check_links(address, folder, partial)
+        undo.pop_all()
+    logger.debug("%s: writing to %s", address, partial)
+    return FileWriter(address, fd, folder, partial, name, replace=replace)
+
+
+def _check_free(address: str, folder: int, name: str, replace: bool) -> None:
+    try:
+        mode = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise _failure(address, "making the file", error) from error
+    if not stat.S_ISREG(mode):
+        raise TransportError(f"{address}: the name belongs to something that is not a regular file; choose another one")
+    if not replace:
+        raise _exists(address)
+
+
+def _check_links(address: str, folder: int, partial: str) -> None:
+    """Refuse a file system without hard links now, not in ``finish`` when a guest has been stopped for it."""
+    probe = f"{partial}.link"
+    try:
+        _link(folder, partial, probe)
+        os.unlink(probe, dir_fd=folder)
+    except OSError as error:
+        raise TransportError(
+            f"{address}: the file system has no hard links ({error.strerror}), without which a file that appears "
+            "meanwhile could be replaced; choose another file system or accept that with --force"
+        ) from error
+
+
+def _open_to_read(address: str) -> FileReader:
+    path = address.removeprefix("file:")
+    with contextlib.ExitStack() as undo:
+        try:
+            # O_NONBLOCK: opening a FIFO nobody writes to must not hang; regular files don't know it.
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+            undo.callback(os.close, fd)
+            mode = os.fstat(fd).st_mode
+        except OSError as error:
+            raise _failure(address, "opening it", error) from error
+        if not stat.S_ISREG(mode):
+            raise TransportError(f"{address}: it is not a regular file; name the file a checkpoint was written to")
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        undo.pop_all()
+    logger.debug("%s: reading", address)
+    return FileReader(address, fd)
+
+
+def _link(folder: int, existing: str, name: str) -> None:
+    os.link(existing, name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
+
+
+def _unlink_if_there(folder: int, name: str) -> None:
+    try:
+        os.unlink(name, dir_fd=folder)
+    except FileNotFoundError:
+        logger.debug("%s is gone already", name)
+
+
+def _exists(address: str) -> TransportError:
+    return TransportError(f"{address}: the file exists; choose another name, or replace it with --force")

@@ -1,0 +1,300 @@
+"""What every access must do. A test module subclasses :class:`AccessContract` and gives it a device.
+
+Needed of the device: three regions of memory that nothing else changes (``plain`` without mmap, ``whole`` that can be
+mapped from end to end, ``sparse`` of which only parts can), and a way to make it read and write guest memory.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+
+import anyio
+import anyio.lowlevel
+import pytest
+
+from vfiostream.access.contract import Access
+from vfiostream.errors import DeviceLost, DeviceRefused
+
+PAGE = mmap.PAGESIZE
+IOVA = 0x10_0000_0000
+
+
+class Subject(ABC):
+    """A device under test, open. What is not one of its regions is None, and the tests that need it are skipped."""
+
+    access: Access
+    plain: int
+    """Read and write, not mappable, at least 256 bytes."""
+    whole: int | None
+    """Read and write, mappable from its first byte to its last, at least 128 KiB."""
+    sparse: int | None
+    """Read and write, mappable in at least two areas that do not cover it."""
+
+    @abstractmethod
+    async def device_reads(self, iova: int, length: int) -> bytes:
+        """Make the device read guest memory. Raises what the access raises if it can't."""
+
+    @abstractmethod
+    async def device_writes(self, iova: int, data: bytes) -> None:
+        """Make the device write guest memory. Raises what the access raises if it can't."""
+
+
+def pattern(length: int, seed: int = 0) -> bytes:
+    """Bytes that differ from page to page and from seed to seed."""
+    return bytes((n * 7 + n // 251 + seed * 13) & 0xFF for n in range(length))
+
+
+@contextmanager
+def guest_memory(length: int) -> Iterator[tuple[int, mmap.mmap]]:
+    """Memory of a guest: a file descriptor of it, and our own view."""
+    fd = os.memfd_create("guest", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, length)
+        with mmap.mmap(fd, length) as memory:
+            yield fd, memory
+    finally:
+        os.close(fd)
+
+
+async def read(access: Access, index: int, offset: int, length: int) -> bytes:
+    into = bytearray(length)
+    await access.read_into(index, offset, memoryview(into))
+    return bytes(into)
+
+
+def need(region: int | None) -> int:
+    if region is None:
+        pytest.skip("the device has no such region")
+    return region
+
+
+@pytest.mark.anyio
+class AccessContract:
+    """Subclasses override ``subject`` with an asynchronous fixture that opens the device and closes it."""
+
+    @pytest.fixture
+    async def subject(self) -> AsyncIterator[Subject]:
+        raise NotImplementedError
+        yield
+
+    @pytest.fixture(autouse=True)
+    async def guard(self) -> AsyncIterator[None]:
+        """Nothing here takes long: a test that hangs fails."""
+        with anyio.fail_after(10):
+            yield
+
+    # ---- regions
+
+    async def test_every_region_can_be_described(self, subject: Subject) -> None:
+        for index in range(subject.access.info.num_regions):
+            info = await subject.access.region_info(index)
+            assert info.index == index
+            assert info.size >= 0
+            assert await subject.access.region_info(index) == info
+
+    async def test_region_info_tells_what_can_be_mapped(self, subject: Subject) -> None:
+        plain = await subject.access.region_info(subject.plain)
+        assert plain.readable
+        assert plain.writable
+        assert plain.mappable == ()
+        if subject.whole is not None:
+            whole = await subject.access.region_info(subject.whole)
+            assert whole.mappable == ((0, whole.size),)
+        if subject.sparse is not None:
+            sparse = await subject.access.region_info(subject.sparse)
+            assert len(sparse.mappable) >= 2
+            assert sum(length for _, length in sparse.mappable) < sparse.size
+
+    @pytest.mark.parametrize("length", [1, 2, 4, 8, 16, 255])
+    @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+    async def test_what_was_written_is_read(self, subject: Subject, length: int, kind: type) -> None:
+        access, index = subject.access, subject.plain
+        before = await read(access, index, 0, 256)
+        data = pattern(length, seed=length)
+        await access.write(index, 1, kind(data))
+        after = await read(access, index, 0, 256)
+        assert after == before[:1] + data + before[1 + length :]
+
+    async def test_reading_touches_only_the_buffer_given(self, subject: Subject) -> None:
+        await subject.access.write(subject.plain, 8, pattern(16))
+        buffer = bytearray(b"\xa5" * 48)
+        await subject.access.read_into(subject.plain, 8, memoryview(buffer)[16:32])
+        assert buffer == b"\xa5" * 16 + pattern(16) + b"\xa5" * 16
+
+    async def test_nothing_is_read_and_written_without_harm(self, subject: Subject) -> None:
+        before = await read(subject.access, subject.plain, 0, 256)
+        await subject.access.write(subject.plain, 0, b"")
+        await subject.access.read_into(subject.plain, 0, memoryview(bytearray()))
+        assert await read(subject.access, subject.plain, 0, 256) == before
+
+    async def test_large_transfers_come_whole(self, subject: Subject) -> None:
+        access, index = subject.access, need(subject.whole)
+        size = (await access.region_info(index)).size
+        data = pattern(size - 9)
+        await access.write(index, 5, data)
+        assert await read(access, index, 5, size - 9) == data
+
+    async def test_beyond_the_end_is_refused(self, subject: Subject) -> None:
+        access, index = subject.access, subject.plain
+        size = (await access.region_info(index)).size
+        before = await read(access, index, size - 8, 8)
+        with pytest.raises(DeviceRefused):
+            await read(access, index, size - 4, 8)
+        with pytest.raises(DeviceRefused):
+            await access.write(index, size - 4, b"\xff" * 8)
+        assert await read(access, index, size - 8, 8) == before
+
+    # ---- mapping
+
+    async def test_a_mapped_region_is_the_region(self, subject: Subject) -> None:
+        access, index = subject.access, need(subject.whole)
+        info = await access.region_info(index)
+        (area,) = await access.map(info)
+        assert (area.offset, len(area.view)) == (0, info.size)
+        data = pattern(info.size)
+        area.view[:] = data
+        assert await read(access, index, 0, info.size) == data
+        await access.write(index, PAGE - 4, b"written!")
+        assert area.view[PAGE - 4 : PAGE + 4] == b"written!"
+
+    async def test_mapped_areas_are_where_they_were_announced(self, subject: Subject) -> None:
+        access, index = subject.access, need(subject.sparse)
+        info = await access.region_info(index)
+        areas = await access.map(info)
+        assert [(area.offset, len(area.view)) for area in areas] == sorted(info.mappable)
+        data = pattern(info.size)
+        await access.write(index, 0, data)
+        for area in areas:
+            assert area.view == data[area.offset : area.offset + len(area.view)]
+            area.view[:8] = b"via mmap"
+            assert await read(access, index, area.offset, 8) == b"via mmap"
+
+    async def test_mapping_twice_gives_the_same_areas(self, subject: Subject) -> None:
+        access, index = subject.access, need(subject.sparse)
+        info = await access.region_info(index)
+        first, second = await access.map(info), await access.map(info)
+        assert [area.offset for area in first] == [area.offset for area in second]
+        assert all(one.view is other.view for one, other in zip(first, second, strict=True))
+
+    async def test_what_cannot_be_mapped_has_no_areas(self, subject: Subject) -> None:
+        info = await subject.access.region_info(subject.plain)
+        assert list(await subject.access.map(info)) == []
+
+    # ---- guest memory
+
+    async def test_the_device_reaches_guest_memory(self, subject: Subject) -> None:
+        with guest_memory(4 * PAGE) as (fd, memory):
+            memory[PAGE : 2 * PAGE] = pattern(PAGE)
+            await subject.access.dma_map(IOVA, 2 * PAGE, fd, PAGE, writable=True)
+            assert await subject.device_reads(IOVA, PAGE) == pattern(PAGE)
+            await subject.device_writes(IOVA + PAGE, pattern(PAGE, seed=1))
+            assert memory[2 * PAGE : 3 * PAGE] == pattern(PAGE, seed=1)
+            assert memory[3 * PAGE :] == bytes(PAGE)
+            await subject.access.dma_unmap(IOVA, 2 * PAGE)
+
+    async def test_the_callers_descriptor_may_be_closed(self, subject: Subject) -> None:
+        with guest_memory(PAGE) as (fd, memory):
+            memory[:4] = b"here"
+            own = os.dup(fd)
+            await subject.access.dma_map(IOVA, PAGE, own, 0, writable=True)
+            os.close(own)  # raises if the access closed it
+            assert await subject.device_reads(IOVA, 4) == b"here"
+
+    async def test_after_unmapping_the_device_reaches_nothing(self, subject: Subject) -> None:
+        with guest_memory(PAGE) as (fd, memory):
+            await subject.access.dma_map(IOVA, PAGE, fd, 0, writable=True)
+            await subject.device_writes(IOVA, b"before")
+            await subject.access.dma_unmap(IOVA, PAGE)
+            with pytest.raises(DeviceRefused):
+                await subject.device_writes(IOVA, b"after!")
+            with pytest.raises(DeviceRefused):
+                await subject.device_reads(IOVA, 6)
+            assert memory[:6] == b"before"
+
+    async def test_read_only_guest_memory_is_not_written(self, subject: Subject) -> None:
+        with guest_memory(PAGE) as (fd, memory):
+            memory[:4] = b"keep"
+            await subject.access.dma_map(IOVA, PAGE, fd, 0, writable=False)
+            assert await subject.device_reads(IOVA, 4) == b"keep"
+            with pytest.raises(DeviceRefused):
+                await subject.device_writes(IOVA, b"lost")
+            assert memory[:4] == b"keep"
+
+    async def test_unmapping_what_is_not_mapped_is_refused(self, subject: Subject) -> None:
+        with pytest.raises(DeviceRefused):
+            await subject.access.dma_unmap(IOVA, PAGE)
+
+    # ---- reset, cancellation, closing
+
+    async def test_reset(self, subject: Subject) -> None:
+        if not subject.access.info.can_reset:
+            pytest.skip("the device can't be reset")
+        await subject.access.reset()
+        await subject.access.write(subject.plain, 0, b"alive")
+        assert await read(subject.access, subject.plain, 0, 5) == b"alive"
+
+    async def test_a_call_under_cancellation_raises_it(self, subject: Subject) -> None:
+        await subject.access.write(subject.plain, 0, b"before")
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await subject.access.write(subject.plain, 0, b"under!")
+        assert scope.cancelled_caught
+        await subject.access.write(subject.plain, 0, b"after!")
+        assert await read(subject.access, subject.plain, 0, 6) == b"after!"
+
+    async def test_a_cancelled_call_comes_before_the_next(self, subject: Subject) -> None:
+        access, index = subject.access, subject.plain
+        for seed in range(20):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(access.write, index, 0, pattern(256, seed=seed))
+                tasks.start_soon(read, access, index, 0, 256)
+                await anyio.lowlevel.checkpoint()
+                tasks.cancel_scope.cancel()
+            await access.write(index, 0, pattern(256, seed=seed + 100))
+            assert await read(access, index, 0, 256) == pattern(256, seed=seed + 100)
+
+    async def test_several_tasks_each_get_their_own_answer(self, subject: Subject) -> None:
+        access, index = subject.access, subject.plain
+        await access.write(index, 0, pattern(256))
+
+        async def look(offset: int) -> None:
+            for _ in range(10):
+                assert await read(access, index, offset, 16) == pattern(256)[offset : offset + 16]
+
+        async with anyio.create_task_group() as tasks:
+            for offset in range(0, 256, 16):
+                tasks.start_soon(look, offset)
+
+    async def test_closing_again_and_under_cancellation(self, subject: Subject) -> None:
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await subject.access.aclose()
+        await subject.access.aclose()
+
+    async def test_after_closing_the_device_is_lost(self, subject: Subject) -> None:
+        await subject.access.aclose()
+        with pytest.raises(DeviceLost):
+            await read(subject.access, subject.plain, 0, 4)
+        with pytest.raises(DeviceLost):
+            await subject.access.write(subject.plain, 0, b"late")
+        with pytest.raises(DeviceLost):
+            await subject.access.reset()
+
+    async def test_closing_ends_the_mapped_views(self, subject: Subject) -> None:
+        access = subject.access
+        (area,) = await access.map(await access.region_info(need(subject.whole)))
+        await access.aclose()
+        with pytest.raises(ValueError, match="released"):
+            area.view[0]
+
+    async def test_closing_while_somebody_holds_a_slice(self, subject: Subject) -> None:
+        access = subject.access
+        (area,) = await access.map(await access.region_info(need(subject.whole)))
+        area.view[:4] = b"held"
+        with area.view[:4] as held:
+            await access.aclose()
+            assert held == b"held"

@@ -1,0 +1,804 @@
+"""The transports against the suite, and what only one of them has: addresses, sockets' paths, files' names."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import socket
+import stat
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+from transport_contract import (
+    KIB,
+    NOISE,
+    LinkContract,
+    TransportContract,
+    receive_all,
+    receive_exactly,
+    send_all,
+    time_limit,
+)
+from vfiostream.errors import ConnectionLost, LocalProtocolError, TransportError, UsageError
+from vfiostream.transports import connect, listen
+from vfiostream.transports.contract import Listener, Transport
+from vfiostream.transports.memory import memory_pair
+from vfiostream.transports.stream import SocketTransport
+from vfiostream.transports.unsent import Unsent
+
+pytestmark = pytest.mark.anyio
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as sock:
+            sock.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+@asynccontextmanager
+async def connected(address: str) -> AsyncIterator[tuple[Transport, Transport]]:
+    async with await listen(address) as listener:
+        sender = await connect(listener.address)
+        receiver = await listener.accept()
+        yield sender, receiver
+
+
+class TestTcp4(LinkContract):
+    def pair(self) -> Any:
+        return connected("tcp:127.0.0.1:0")
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this host has no IPv6")
+class TestTcp6(LinkContract):
+    def pair(self) -> Any:
+        return connected("tcp:[::1]:0")
+
+
+class TestUnix(LinkContract):
+    links = 0
+
+    def pair(self) -> Any:
+        self.links += 1
+        return connected(f"unix:{self.folder}/{self.links}")
+
+
+class TestMemory(LinkContract):
+    @asynccontextmanager
+    async def pair(self) -> AsyncIterator[tuple[Transport, Transport]]:
+        yield memory_pair()
+
+
+class TestTinyMemory(LinkContract):
+    """Every send waits part-way."""
+
+    @asynccontextmanager
+    async def pair(self) -> AsyncIterator[tuple[Transport, Transport]]:
+        yield memory_pair(capacity=4099)
+
+
+class TestFile(TransportContract):
+    @asynccontextmanager
+    async def sender(self) -> AsyncIterator[Transport]:
+        async with await connect(f"file:{self.folder}/checkpoint") as writer:
+            yield writer
+
+    @asynccontextmanager
+    async def receiver(self) -> AsyncIterator[Transport]:
+        async with await listen(f"file:{self.folder}/checkpoint") as listener, await listener.accept() as reader:
+            yield reader
+
+
+# ---- addresses
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["", "tcp", "tcp:", "unix:", "file:", "quic:host:1", "TCP:host:1", ":1", "file:a\0b", "tcp:ho\0st:1", "/a/path"],
+)
+async def test_what_is_no_address_is_refused_with_a_list_of_what_is(address: str) -> None:
+    for opening in (connect, listen):
+        with pytest.raises(UsageError, match=r"tcp:HOST:PORT, unix:PATH, file:PATH"):
+            await opening(address)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "tcp:host",
+        "tcp:host:",
+        "tcp::7000",
+        "tcp:host:65536",
+        "tcp:host:-1",
+        "tcp:host:port",
+        "tcp:host:\N{FULLWIDTH DIGIT SEVEN}",
+        "tcp:::1:7000",
+        "tcp:[::1]",
+        "tcp:[]:7000",
+        "tcp:[::1]7000",
+        "tcp:[::1]:7000:1",
+        "tcp:host:7000\n",
+    ],
+)
+async def test_malformed_tcp_addresses(address: str) -> None:
+    for opening in (connect, listen):
+        with pytest.raises(UsageError, match=r"brackets"):
+            await opening(address)
+
+
+async def test_port_0_is_for_listening_only() -> None:
+    with pytest.raises(UsageError, match="port 0"):
+        await connect("tcp:127.0.0.1:0")
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "x" * 300, "ü" * 80])
+async def test_a_host_that_is_not_found(host: str) -> None:
+    for opening in (connect, listen):
+        with pytest.raises(TransportError, match="can't be found; check its name"):
+            await opening(f"tcp:{host}:7000")
+
+
+async def test_a_unix_path_that_is_too_long() -> None:
+    for opening in (connect, listen):
+        with pytest.raises(UsageError, match="107 bytes"):
+            await opening("unix:/tmp/" + "x" * 103)
+
+
+@pytest.mark.parametrize("address", ["file:", "file:/tmp/", "file:/tmp/.", "file:..", "file:/"])
+async def test_a_file_address_without_a_file(address: str) -> None:
+    with pytest.raises(UsageError):
+        await connect(address)
+
+
+def test_a_scheme_loads_only_its_own_module() -> None:
+    program = """
+        import sys, anyio
+        from vfiostream.transports import listen
+        def loaded():
+            return sorted(name.rpartition(".")[2] for name in sys.modules if name.startswith("vfiostream.transports."))
+        assert loaded() == ["contract"], loaded()
+        async def main():
+            async with await listen("tcp:127.0.0.1:0"):
+                pass
+        anyio.run(main)
+        assert loaded() == ["contract", "stream", "unsent"], loaded()
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True)
+
+
+# ---- sockets
+
+
+async def test_the_address_of_a_listener_has_the_real_port() -> None:
+    async with time_limit(), await listen("tcp:127.0.0.1:0") as listener:
+        match = re.fullmatch(r"tcp:127\.0\.0\.1:([0-9]+)", listener.address)
+        assert match is not None
+        assert int(match[1]) > 0
+        async with await connect(listener.address) as sender, await listener.accept() as receiver:
+            assert sender.address == listener.address
+            assert re.fullmatch(r"tcp:127\.0\.0\.1:[0-9]+", receiver.address)
+            assert receiver.address != listener.address
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this host has no IPv6")
+async def test_the_address_of_an_ipv6_listener_can_be_connected_to() -> None:
+    async with time_limit(), await listen("tcp:[::1]:0") as listener:
+        assert re.fullmatch(r"tcp:\[::1\]:[0-9]+", listener.address)
+        async with await connect(listener.address), await listener.accept() as receiver:
+            assert receiver.address.startswith("tcp:[::1]:")
+
+
+async def test_every_address_of_a_host_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with time_limit(), await listen("tcp:127.0.0.1:0") as listener:
+        port = int(listener.address.rpartition(":")[2])
+
+        async def two_addresses(*_: object, **__: object) -> list[Any]:
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, port)) for host in ("127.0.0.2", "127.0.0.1")]
+
+        monkeypatch.setattr(anyio, "getaddrinfo", two_addresses)
+        async with await connect(f"tcp:both:{port}") as sender, await listener.accept() as receiver:
+            assert sender.address == f"tcp:both:{port}"
+            await sender.send([b"here"])
+            assert await receive_exactly(receiver, 4) == b"here"
+
+
+async def test_nobody_listens(tmp_path: Path) -> None:
+    async with await listen("tcp:127.0.0.1:0") as listener:
+        address = listener.address
+    for nobody in (address, f"unix:{tmp_path}/none"):
+        with pytest.raises(TransportError, match=rf"^{re.escape(nobody)}: nobody listens there; start `vfiostream rec"):
+            await connect(nobody)
+
+
+async def test_a_port_that_is_taken() -> None:
+    async with await listen("tcp:127.0.0.1:0") as listener:
+        with pytest.raises(TransportError, match=r"Address already in use"):
+            await listen(listener.address)
+
+
+async def test_a_port_can_be_listened_on_again_at_once() -> None:
+    """The connection that was closed here first stays in TIME_WAIT, which must not keep the port."""
+    async with time_limit():
+        async with await listen("tcp:127.0.0.1:0") as listener:
+            address = listener.address
+            async with await connect(address) as sender, await listener.accept() as receiver:
+                await receiver.aclose()
+                assert await sender.receive(memoryview(bytearray(1))) == 0
+        async with await listen(address) as listener:
+            assert listener.address == address
+
+
+async def test_both_ends_of_tcp_send_at_once_and_notice_a_peer_that_vanished() -> None:
+    async with time_limit(), connected("tcp:127.0.0.1:0") as ends:
+        for end in ends:
+            assert isinstance(end, SocketTransport)
+            async with end:
+                sock = end._sock
+                assert not sock.getblocking()
+                assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+                assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+                assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 10
+                assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == 5
+                assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == 4
+
+
+async def accept_nothing(listener: Listener) -> None:
+    with pytest.raises(TransportError, match="closed"):
+        await listener.accept()
+
+
+@pytest.mark.parametrize("scheme", ["tcp", "unix", "file"])
+async def test_a_listener_closes_again_and_under_cancellation(scheme: str, tmp_path: Path) -> None:
+    listener = await listen("tcp:127.0.0.1:0" if scheme == "tcp" else f"{scheme}:{tmp_path}/x")
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        await listener.aclose()
+    await listener.aclose()
+    await accept_nothing(listener)
+
+
+async def test_a_listener_is_closed_while_it_waits() -> None:
+    async with time_limit(), await listen("tcp:127.0.0.1:0") as listener, anyio.create_task_group() as tasks:
+        tasks.start_soon(accept_nothing, listener)
+        await anyio.wait_all_tasks_blocked()
+        await listener.aclose()
+
+
+@pytest.mark.parametrize("scheme", ["tcp", "unix"])
+async def test_a_cancelled_accept_leaves_the_sender_to_the_next(scheme: str, tmp_path: Path) -> None:
+    async with time_limit(), await listen("tcp:127.0.0.1:0" if scheme == "tcp" else f"unix:{tmp_path}/x") as listener:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(listener.accept)
+            await anyio.wait_all_tasks_blocked()
+            tasks.cancel_scope.cancel()
+        async with await connect(listener.address) as sender, await listener.accept() as receiver:
+            await send_all(sender, [[b"here"]])
+            assert await receive_all(receiver) == b"here"
+
+
+async def test_accepted_ones_outlive_the_listener(tmp_path: Path) -> None:
+    async with time_limit(), connected(f"unix:{tmp_path}/x") as (sender, receiver):
+        pass
+    assert not (tmp_path / "x").exists()
+    async with time_limit(), sender, receiver:
+        await send_all(sender, [[b"still here"]])
+        assert await receive_all(receiver) == b"still here"
+
+
+async def test_a_unix_socket_is_its_owners_only(tmp_path: Path) -> None:
+    async with await listen(f"unix:{tmp_path}/x"):
+        assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o600
+
+
+async def test_a_stale_unix_socket_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    async with time_limit(), await listen(f"unix:{path}") as listener:
+        async with await connect(f"unix:{path}"), await listener.accept():
+            pass
+    assert not path.exists()
+
+
+async def test_a_live_unix_socket_is_left_alone_and_hears_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    async with time_limit(), await listen(f"unix:{path}") as listener:
+        with pytest.raises(TransportError, match="belongs to a program that runs"):
+            await listen(f"unix:{path}")
+        # The next sender is the first the listener hears of.
+        async with await connect(f"unix:{path}") as sender, await listener.accept() as receiver:
+            await send_all(sender, [[b"first"]])
+            assert await receive_all(receiver) == b"first"
+        assert path.is_socket()
+
+
+async def test_a_live_datagram_socket_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.bind(str(path))
+        with pytest.raises(TransportError, match="belongs to a program that runs"):
+            await listen(f"unix:{path}")
+    assert path.is_socket()
+
+
+async def test_what_is_not_a_socket_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_text("precious")
+    with pytest.raises(TransportError, match="is not a socket"):
+        await listen(f"unix:{path}")
+    assert path.read_text() == "precious"
+
+
+async def test_a_listener_removes_only_its_own_socket(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    async with await listen(f"unix:{path}") as first:
+        path.rename(tmp_path / "moved")
+        async with await listen(f"unix:{path}"):
+            await first.aclose()
+            assert path.is_socket()
+        assert not path.exists()
+
+
+async def test_a_unix_socket_in_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(TransportError, match=r"No such file or directory.*folder that exists"):
+        await listen(f"unix:{tmp_path}/none/x")
+
+
+async def test_a_closed_socket_takes_no_wake_up_from_the_next_one() -> None:
+    """The next one gets its descriptor, by which the event loop knows who waits."""
+    first, first_peer = socket.socketpair()
+    first.setblocking(False)
+    number = first.fileno()
+
+    async def receive_and_be_closed(transport: Transport) -> None:
+        with pytest.raises(TransportError, match="closed"):
+            await transport.receive(memoryview(bytearray(1)))
+
+    async def send_byte(sock: socket.socket) -> None:
+        sock.send(b"x")
+
+    with first_peer:
+        transport = SocketTransport(first, "unix:first")
+        async with time_limit(), anyio.create_task_group() as tasks:
+            tasks.start_soon(receive_and_be_closed, transport)
+            await anyio.wait_all_tasks_blocked()
+            await transport.aclose()
+            second, second_peer = socket.socketpair()
+            with second, second_peer:
+                assert number in (second.fileno(), second_peer.fileno())
+                one, other = (second, second_peer) if second.fileno() == number else (second_peer, second)
+                tasks.start_soon(send_byte, other)
+                await anyio.wait_readable(one)
+
+
+async def test_a_reset_that_receive_was_told_is_not_forgotten() -> None:
+    async with time_limit(), connected("tcp:127.0.0.1:0") as (sender, receiver), sender, receiver:
+        await sender.send([b"unread"])
+        await anyio.wait_readable(receiver._sock)  # type: ignore[attr-defined]
+        await receiver.aclose()
+        for _ in range(2):
+            with pytest.raises(ConnectionLost):
+                await sender.receive(memoryview(bytearray(1)))
+        with pytest.raises(ConnectionLost):
+            await sender.send([b"x"])
+
+
+async def test_what_the_peer_said_before_a_reset_can_still_be_read() -> None:
+    async with time_limit(), connected("tcp:127.0.0.1:0") as (sender, receiver), sender, receiver:
+        await sender.send([b"unread"])
+        await anyio.wait_readable(receiver._sock)  # type: ignore[attr-defined]
+        await receiver.send([b"I give up"])
+        await receiver.aclose()
+        assert await receive_exactly(sender, 9) == b"I give up"
+        with pytest.raises(ConnectionLost):
+            await sender.receive(memoryview(bytearray(1)))
+
+
+# ---- files
+
+
+def names(folder: Path) -> list[str]:
+    return os.listdir(folder)
+
+
+async def write_whole(path: Path, content: bytes, *, replace: bool = False) -> None:
+    async with await connect(f"file:{path}", replace=replace) as writer:
+        await send_all(writer, [[content]])
+
+
+async def read_whole(path: Path) -> bytes:
+    async with await listen(f"file:{path}") as listener, await listener.accept() as reader:
+        return await receive_all(reader)
+
+
+async def test_a_file_has_its_name_only_when_finished(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    async with await connect(f"file:{path}") as writer:
+        assert not writer.answers
+        await writer.send([NOISE])
+        assert not path.exists()
+        [partial] = names(tmp_path)
+        assert re.fullmatch(r"\.x\.[0-9a-f]+\.partial", partial)
+        assert stat.S_IMODE((tmp_path / partial).stat().st_mode) == 0o600
+        await writer.finish()
+        assert path.read_bytes() == NOISE
+        assert names(tmp_path) == ["x"]
+    assert names(tmp_path) == ["x"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert path.stat().st_nlink == 1
+
+
+async def test_a_file_that_is_not_finished_is_removed(tmp_path: Path) -> None:
+    async with await connect(f"file:{tmp_path}/x") as writer:
+        await writer.send([b"half"])
+    assert names(tmp_path) == []
+    async with await connect(f"file:{tmp_path}/x") as writer:
+        await writer.send([b"half"])
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await writer.aclose()
+        assert names(tmp_path) == []
+
+
+async def test_an_existing_file_is_refused_and_kept(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_text("precious")
+    with pytest.raises(TransportError, match=r"the file exists.*--force"):
+        await connect(f"file:{path}")
+    assert path.read_text() == "precious"
+    assert names(tmp_path) == ["x"]
+
+
+async def test_a_file_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    async with await connect(f"file:{path}") as writer:
+        await writer.send([b"mine"])
+        path.write_text("precious")
+        with pytest.raises(TransportError, match=r"the file exists.*--force"):
+            await writer.finish()
+        with pytest.raises(TransportError, match="stopped part-way"):
+            await writer.finish()
+    assert path.read_text() == "precious"
+    assert names(tmp_path) == ["x"]
+
+
+async def test_replace_keeps_the_old_file_until_the_new_one_is_finished(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_text("old")
+    async with await connect(f"file:{path}", replace=True) as writer:
+        await writer.send([b"half"])
+    assert path.read_text() == "old"
+    async with await connect(f"file:{path}", replace=True) as writer:
+        await writer.send([b"new"])
+        assert path.read_text() == "old"
+        await writer.finish()
+    assert path.read_text() == "new"
+    assert names(tmp_path) == ["x"]
+    await write_whole(tmp_path / "y", b"there was none", replace=True)
+    assert (tmp_path / "y").read_text() == "there was none"
+
+
+def make_link(path: Path) -> None:
+    path.symlink_to("/nowhere")
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, make_link])
+async def test_only_regular_files_are_replaced(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    path = tmp_path / "x"
+    make(path)
+    before = path.lstat()
+    with pytest.raises(TransportError, match="not a regular file"):
+        await connect(f"file:{path}", replace=True)
+    assert path.lstat().st_ino == before.st_ino
+    assert names(tmp_path) == ["x"]
+
+
+async def test_the_file_is_finished_in_the_folder_it_was_begun_in(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    async with await connect(f"file:{tmp_path}/a/x") as writer:
+        await writer.send([b"here"])
+        (tmp_path / "a").rename(tmp_path / "b")
+        await writer.finish()
+    assert (tmp_path / "b" / "x").read_bytes() == b"here"
+
+
+async def test_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    await write_whole(Path("x"), b"here")
+    assert (tmp_path / "x").read_bytes() == b"here"
+    assert await read_whole(Path("x")) == b"here"
+
+
+async def test_content_name_and_folder_are_synced_in_this_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+    fsync, link = os.fsync, os.link
+
+    def noting_fsync(fd: int) -> None:
+        steps.append("sync folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else f"sync {os.fstat(fd).st_size} bytes")
+        fsync(fd)
+
+    def noting_link(*args: Any, **kwargs: Any) -> None:
+        steps.append("name")
+        link(*args, **kwargs)
+
+    async with await connect(f"file:{tmp_path}/x") as writer:
+        monkeypatch.setattr(os, "fsync", noting_fsync)
+        monkeypatch.setattr(os, "link", noting_link)
+        await writer.send([b"12345"])
+        assert steps == []
+        await writer.finish()
+        assert steps == ["sync 5 bytes", "name", "sync folder"]
+
+
+async def test_a_write_that_is_taken_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writev = os.writev
+
+    def short_writev(fd: int, views: Sequence[memoryview]) -> int:
+        return writev(fd, [views[0][:1000]])
+
+    monkeypatch.setattr(os, "writev", short_writev)
+    async with await connect(f"file:{tmp_path}/x") as writer:
+        await send_all(writer, [[NOISE[:100_001], b"", NOISE[100_001:200_000]]])
+    assert (tmp_path / "x").read_bytes() == NOISE[:200_000]
+
+
+async def test_a_disk_that_gets_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+    writev = os.writev
+
+    def writev_until_full(fd: int, views: Sequence[memoryview]) -> int:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return writev(fd, [views[0][:100]])
+
+    async with await connect(f"file:{tmp_path}/x") as writer:
+        monkeypatch.setattr(os, "writev", writev_until_full)
+        with pytest.raises(TransportError, match=r"/x: writing failed \(No space left on device\); free some space"):
+            await writer.send([NOISE[:1000]])
+        with pytest.raises(TransportError, match="stopped part-way"):
+            await writer.send([NOISE[:1000]])
+        with pytest.raises(TransportError, match="stopped part-way"):
+            await writer.finish()
+    assert names(tmp_path) == []
+
+
+def test_a_limit_on_file_sizes(tmp_path: Path) -> None:
+    """The one way to a failing write that needs neither root nor a stand-in for the system call."""
+    program = """
+        import anyio, resource, sys
+        from vfiostream.errors import TransportError
+        from vfiostream.transports import connect
+        async def main():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+            async with await connect(sys.argv[1]) as writer:
+                try:
+                    await writer.send([bytes(150_000)])
+                except TransportError as error:
+                    print(error)
+        anyio.run(main)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), f"file:{tmp_path}/x"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert "writing failed (File too large); raise the limit" in done.stdout
+    assert names(tmp_path) == []
+
+
+async def test_content_that_can_not_be_made_durable_gets_no_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing_fsync(fd: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", failing_fsync)
+    async with await connect(f"file:{tmp_path}/x") as writer:
+        await writer.send([b"lost"])
+        with pytest.raises(TransportError, match=r"finishing failed \(Input/output error\)"):
+            await writer.finish()
+        # fsync reports an error once and would succeed the next time, with the content still lost.
+        monkeypatch.undo()
+        with pytest.raises(TransportError, match="stopped part-way"):
+            await writer.finish()
+    assert names(tmp_path) == []
+
+
+async def test_a_file_system_without_hard_links_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_links(*_: object, **__: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", no_links)
+    with pytest.raises(TransportError, match=r"hard links.*--force"):
+        await connect(f"file:{tmp_path}/x")
+    assert names(tmp_path) == []
+    await write_whole(tmp_path / "x", b"with --force", replace=True)
+    assert (tmp_path / "x").read_bytes() == b"with --force"
+
+
+async def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(TransportError, match=r"No such file or directory\); check the path; folders are not made"):
+        await connect(f"file:{tmp_path}/none/x")
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [(errno.EACCES, "change its permissions"), (errno.EROFS, "can be written"), (errno.ENOSPC, "free some space")],
+)
+async def test_a_folder_that_can_not_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, advice: str
+) -> None:
+    open_really = os.open
+
+    def refusing_open(path: str, flags: int, *args: Any, **kwargs: Any) -> int:
+        if flags & os.O_CREAT:
+            raise OSError(number, os.strerror(number))
+        return open_really(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refusing_open)
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(TransportError, match=rf"{re.escape(os.strerror(number))}\); .*{advice}"):
+        await connect(f"file:{tmp_path}/x")
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+async def test_a_file_to_read_that_does_not_exist(tmp_path: Path) -> None:
+    async with await listen(f"file:{tmp_path}/x") as listener:
+        with pytest.raises(TransportError, match=r"No such file or directory.*check the path"):
+            await listener.accept()
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+async def test_only_regular_files_are_read(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / "x")
+    descriptors = len(os.listdir("/proc/self/fd"))
+    async with time_limit(), await listen(f"file:{tmp_path}/x") as listener:
+        with pytest.raises(TransportError, match="not a regular file"):
+            await listener.accept()
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+async def test_a_file_can_be_read_again(tmp_path: Path) -> None:
+    await write_whole(tmp_path / "x", NOISE[:1000])
+    async with await listen(f"file:{tmp_path}/x") as listener:
+        for _ in range(2):
+            async with await listener.accept() as reader:
+                assert not reader.answers
+                assert await receive_all(reader) == NOISE[:1000]
+
+
+async def test_a_file_has_one_direction(tmp_path: Path) -> None:
+    async with await connect(f"file:{tmp_path}/x") as writer:
+        with pytest.raises(LocalProtocolError):
+            await writer.receive(memoryview(bytearray(1)))
+        await writer.finish()
+    async with await listen(f"file:{tmp_path}/x") as listener, await listener.accept() as reader:
+        with pytest.raises(LocalProtocolError):
+            await reader.send([b"x"])
+        with pytest.raises(LocalProtocolError):
+            await reader.finish()
+
+
+async def test_a_file_that_can_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing_preadv(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    await write_whole(tmp_path / "x", b"x")
+    monkeypatch.setattr(os, "preadv", failing_preadv)
+    with pytest.raises(TransportError, match=r"reading failed \(Input/output error\)"):
+        await read_whole(tmp_path / "x")
+
+
+class Held:
+    """A system call that a worker thread is in until the test lets it go on."""
+
+    def __init__(self, real: Callable[..., int]) -> None:
+        self.real = real
+        self.begun = threading.Event()
+        self.go_on = threading.Event()
+
+    def __call__(self, *args: Any) -> int:
+        self.begun.set()
+        assert self.go_on.wait(30)
+        return self.real(*args)
+
+
+async def test_a_receive_cancelled_while_it_reads_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await write_whole(tmp_path / "x", NOISE[:1000])
+    held = Held(os.preadv)
+    monkeypatch.setattr(os, "preadv", held)
+    received = bytearray()
+
+    async def receive_once(transport: Transport) -> None:
+        space = bytearray(100)
+        received.extend(space[: await transport.receive(memoryview(space))])
+
+    async with time_limit(), await listen(f"file:{tmp_path}/x") as listener, await listener.accept() as reader:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(receive_once, reader)
+            await anyio.to_thread.run_sync(held.begun.wait)
+            tasks.cancel_scope.cancel()
+            held.go_on.set()
+        received += await receive_all(reader)
+    assert received == NOISE[:1000]
+
+
+async def test_a_send_cancelled_while_it_writes_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held(os.writev)
+    monkeypatch.setattr(os, "writev", held)
+    async with time_limit(), await connect(f"file:{tmp_path}/x") as writer:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(writer.send, [NOISE[:500], NOISE[500:1000]])
+            await anyio.to_thread.run_sync(held.begun.wait)
+            tasks.cancel_scope.cancel()
+            held.go_on.set()
+        await send_all(writer, [[NOISE[1000:2000]]])
+    assert (tmp_path / "x").read_bytes() == NOISE[:2000]
+
+
+async def test_closing_waits_for_the_thread_that_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closed under the thread, the descriptor could be somebody else's file by the time of the call."""
+    await write_whole(tmp_path / "x", NOISE[:1000])
+    held = Held(os.preadv)
+    monkeypatch.setattr(os, "preadv", held)
+    space = bytearray(1000)
+    async with time_limit(), await listen(f"file:{tmp_path}/x") as listener:
+        reader = await listener.accept()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(reader.receive, memoryview(space))
+            await anyio.to_thread.run_sync(held.begun.wait)
+            tasks.start_soon(reader.aclose)
+            await anyio.wait_all_tasks_blocked()
+            held.go_on.set()
+    assert space == NOISE[:1000]
+
+
+# ---- the queue
+
+
+def test_unsent_gives_no_empty_buffer_and_releases_all_views() -> None:
+    first, second = bytearray(b"abc"), bytearray(b"defgh")
+    with Unsent([b"", first, b"", second, b""]) as unsent:
+        assert [bytes(view) for view in unsent.head()] == [b"abc", b"defgh"]
+        assert [bytes(view) for view in unsent.head(1)] == [b"abc"]
+        unsent.advance(4)
+        assert [bytes(view) for view in unsent.head()] == [b"efgh"]
+        assert unsent
+        unsent.advance(4)
+        assert not unsent
+    with Unsent([first, second]) as unsent:
+        unsent.advance(1)
+    first.append(1)  # raises BufferError while a view of it is left
+    second.append(1)
+
+
+async def test_memory_holds_no_more_than_its_capacity() -> None:
+    sender, receiver = memory_pair(capacity=100)
+    async with time_limit(), sender, receiver:
+        async with anyio.create_task_group() as tasks:
+            await sender.send([bytes(100)])
+            tasks.start_soon(send_all, sender, [[b"x"]])
+            await anyio.wait_all_tasks_blocked()
+            assert await receiver.receive(memoryview(bytearray(64 * KIB))) == 100
+            assert await receive_all(receiver) == b"x"
