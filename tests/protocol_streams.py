@@ -230,6 +230,7 @@ class Pair:
     target: TargetSession
     sent: int = 0
     answered: int = 0
+    seed: int = 0
 
     @classmethod
     def start(cls, greeting: Hello, *, answers: bool = True) -> Pair:
@@ -247,6 +248,8 @@ class Pair:
         """The source sends, the target takes."""
         assert take(self.target, send(self.source, raw(record, content))) == record
         self.sent += 1
+        if isinstance(record, Hello):
+            self.seed = session_seed(record.session)
 
     def answer(self, record: Record) -> None:
         """The target sends, the source takes."""
@@ -258,7 +261,7 @@ class Pair:
         """The frame that would be next in its direction if somebody sent it."""
         before = self.answered if answer else self.sent
         stream: int = getattr(frame.record, "stream", 0)
-        seed = session_seed(SESSION) if before else 0
+        seed = self.seed if before else 0
         header = encode(frame.record)
         fields = (frame.record.type, stream, before + 1, header, frame.payload, frame.flags, len(frame.content), seed)
         return b"".join(pack_frame(*fields))
@@ -270,14 +273,14 @@ class Pair:
             send(self.source, frame)
         self.target_refuses(frame, match=match)
 
-    def target_refuses(self, frame: Frame, *, match: str) -> None:
+    def target_refuses(self, frame: Frame, *, match: str | None = None) -> None:
         """The target, which is of no use afterwards, does not take this frame."""
         with pytest.raises(StreamError, match=match) as caught:
             take(self.target, self.forged(frame))
         assert caught.value.record == name_of(frame.record.type, self.sent + 1)
 
-    def source_refuses(self, record: Record, *, match: str) -> None:
+    def source_refuses(self, answer: Frame, *, match: str | None = None) -> None:
         """The source, which is of no use afterwards, does not take this answer."""
         with pytest.raises(StreamError, match=match) as caught:
-            take(self.source, self.forged(raw(record), answer=True))
-        assert caught.value.record == name_of(record.type, self.answered + 1)
+            take(self.source, self.forged(answer, answer=True))
+        assert caught.value.record == name_of(answer.record.type, self.answered + 1)

@@ -8,6 +8,7 @@ import gc
 import logging
 import mmap
 import os
+import select
 import socket
 import struct
 import tempfile
@@ -24,23 +25,20 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-pytest.register_assert_rewrite("access_contract")
-
-from access_contract import IOVA, PAGE, AccessContract, Subject, guest_memory, pattern, read  # noqa: E402
-
-from vfiostream.access import open_access, vfio_user, vfio_user_channel  # noqa: E402
-from vfiostream.access.contract import Access  # noqa: E402
-from vfiostream.access.mapping import CannotMap, Mapping  # noqa: E402
-from vfiostream.access.vfio_user import VfioUserAccess, connect  # noqa: E402
-from vfiostream.access.vfio_user_channel import Channel  # noqa: E402
-from vfiostream.errors import (  # noqa: E402
+from tests.access_contract import IOVA, PAGE, AccessContract, Subject, guest_memory, pattern, read
+from vfiostream.access import open_access, vfio_user, vfio_user_channel
+from vfiostream.access.contract import Access
+from vfiostream.access.mapping import CannotMap, Mapping
+from vfiostream.access.vfio_user import VfioUserAccess, connect
+from vfiostream.access.vfio_user_channel import Channel
+from vfiostream.errors import (
     DeviceBroken,
     DeviceLost,
     DeviceRefused,
     DeviceTimeout,
     UsageError,
 )
-from vfiostream.uapi.vfio import (  # noqa: E402
+from vfiostream.uapi.vfio import (
     DEVICE_FLAGS_PCI,
     DEVICE_FLAGS_RESET,
     DEVICE_INFO,
@@ -52,7 +50,7 @@ from vfiostream.uapi.vfio import (  # noqa: E402
     REGION_INFO,
     pack_capabilities,
 )
-from vfiostream.uapi.vfio_user import (  # noqa: E402
+from vfiostream.uapi.vfio_user import (
     DMA_ACCESS,
     DMA_MAP,
     DMA_UNMAP,
@@ -116,8 +114,11 @@ class Peer:
 
     def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-        sent = self.socket.sendmsg([data], rights)
-        self.socket.sendall(data[sent:])
+        try:
+            sent = self.socket.sendmsg([data], rights)
+            self.socket.sendall(data[sent:])
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise Closed from error
 
     def reply(self, to: Message, body: bytes = b"", *, number: int | None = None, fds: Sequence[int] = ()) -> None:
         flags = FLAG_REPLY if number is None else FLAG_REPLY | FLAG_ERROR
@@ -144,10 +145,16 @@ class Peer:
         assert to.command == Command.REGION_READ
         self.reply(to, to.body + data)
 
+    def heard_nothing(self) -> bool:
+        return select.select([self.socket], [], [], 0)[0] == []
+
     def _exactly(self, size: int, fds: list[int]) -> bytes:
         data = b""
         while len(data) < size:
-            piece, new, _flags, _ = socket.recv_fds(self.socket, size - len(data), 16)
+            try:
+                piece, new, _flags, _ = socket.recv_fds(self.socket, size - len(data), 16)
+            except ConnectionResetError as error:  # it closed without reading all we sent
+                raise Closed from error
             fds += new
             if not piece:
                 raise Closed
@@ -343,7 +350,7 @@ class TestContract(AccessContract):
     @pytest.fixture
     async def subject(self) -> AsyncIterator[Subject]:
         with no_fd_leaks(), serving(small_device) as path:
-            async with await connect(path) as access:
+            async with await connect(path, timeout=GUARD) as access:
                 yield SmallDevice(access)
 
 
@@ -351,8 +358,8 @@ class TestContract(AccessContract):
 
 
 async def refusal(path: str, kind: type[Exception], words: str, *, timeout: float = 60.0) -> None:
-    """Connecting fails as it should, in one sentence, with nothing left open."""
-    with no_fd_leaks(), anyio.fail_after(GUARD):
+    """Connecting fails as it should, in one sentence."""
+    with anyio.fail_after(GUARD):
         with pytest.raises(kind, match=words) as caught:
             await connect(path, timeout=timeout)
         assert str(caught.value).startswith(f"vfio-user:{path}")
@@ -361,11 +368,12 @@ async def refusal(path: str, kind: type[Exception], words: str, *, timeout: floa
 
 
 async def test_no_socket(tmp_path: Path) -> None:
-    await refusal(f"{tmp_path}/none.sock", DeviceLost, r"no such socket; .*vfiostream device serve .*none.sock")
+    with no_fd_leaks():
+        await refusal(f"{tmp_path}/none.sock", DeviceLost, r"no such socket; .*vfiostream device serve .*none.sock")
 
 
 async def test_nobody_listens() -> None:
-    with listening() as (path, listener):
+    with no_fd_leaks(), listening() as (path, listener):
         listener.close()
         await refusal(path, DeviceLost, "nobody listens there.*vfiostream device serve")
 
@@ -377,7 +385,8 @@ async def test_not_a_socket(tmp_path: Path, kind: str) -> None:
         path.touch()
     else:
         path.mkdir()
-    await refusal(str(path), UsageError, "not a socket.*vfiostream device serve")
+    with no_fd_leaks():
+        await refusal(str(path), UsageError, "not a socket.*vfiostream device serve")
 
 
 async def test_a_socket_of_another_kind(tmp_path: Path) -> None:
@@ -391,7 +400,7 @@ async def test_a_path_that_is_too_long() -> None:
 
 
 async def test_a_path_that_is_no_text() -> None:
-    with pytest.raises(UsageError, match="check the address"):
+    with no_fd_leaks(), pytest.raises(UsageError, match="check the address"):
         await connect("/tmp/\ud800")
 
 
@@ -406,12 +415,12 @@ async def test_no_permission(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 
 async def test_a_server_that_is_busy_with_somebody_else() -> None:
-    with listening() as (path, _listener):  # connects, as the kernel queues it; nobody accepts
+    with no_fd_leaks(), listening() as (path, _listener):  # connects, as the kernel queues it; nobody accepts
         await refusal(path, DeviceTimeout, "does not answer: is another client using the device", timeout=0.05)
 
 
 async def test_a_server_whose_queue_is_full() -> None:
-    with listening() as (path, listener), ExitStack() as stack:
+    with no_fd_leaks(), listening() as (path, listener), ExitStack() as stack:
         listener.listen(0)
         for _ in range(2):
             waiting = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
@@ -471,7 +480,7 @@ async def test_an_answer_to_version_that_makes_no_sense(answer: bytes) -> None:
         peer.reply(peer.expect(Command.VERSION), answer)
         wait_for_close(peer)
 
-    with serving(script) as path:
+    with no_fd_leaks(), serving(script) as path:
         await refusal(path, DeviceBroken, "makes no sense")
 
 
@@ -480,7 +489,7 @@ async def test_version_refused() -> None:
         peer.reply(peer.expect(Command.VERSION), number=errno.EPROTO)
         wait_for_close(peer)
 
-    with serving(script) as path:
+    with no_fd_leaks(), serving(script) as path:
         await refusal(path, DeviceRefused, "refused the negotiation of a version with EPROTO")
 
 
@@ -491,7 +500,7 @@ async def test_device_info_that_makes_no_sense(info: bytes) -> None:
         peer.reply(peer.expect(Command.DEVICE_GET_INFO), info)
         wait_for_close(peer)
 
-    with serving(script) as path:
+    with no_fd_leaks(), serving(script) as path:
         await refusal(path, DeviceBroken, "makes no sense")
 
 
@@ -511,19 +520,17 @@ async def test_open_access_by_address() -> None:
 # ---- a conversation that breaks off
 
 
-def talk(peer: Peer, limit: int) -> None:
-    """The conversation of ``converse``, of which only the first ``limit`` bytes are sent."""
-    left = limit
+def talk(peer: Peer, *, limit: int, sizes: list[int]) -> None:
+    """The server's part in ``converse``, until ``limit`` bytes are sent; notes the sizes of its messages."""
 
     def send(message: Message, body: bytes, fds: Sequence[int] = ()) -> None:
-        nonlocal left
         data = pack_message(message.msg_id, message.command, body, flags=FLAG_REPLY)
+        left = limit - sum(sizes)
+        sizes.append(len(data))
         for at in range(0, min(left, len(data)), 7):  # in crumbs: the client must put them together
-            piece = data[at : min(at + 7, left, len(data))]
-            peer.send(piece, fds if at == 0 else ())
+            peer.send(data[at : min(at + 7, left)], fds if at == 0 else ())
         if left < len(data):
             raise Closed
-        left -= len(data)
 
     with memfd(pattern(2 * PAGE)) as fd:
         send(peer.expect(Command.VERSION), pack_version(0, 1, {}))
@@ -536,7 +543,9 @@ def talk(peer: Peer, limit: int) -> None:
         send(message, message.body + b"0123")
         message = peer.expect(Command.REGION_WRITE)
         send(message, message.body[: REGION_ACCESS.size])
-        send(peer.expect(Command.DMA_MAP), b"")
+        message = peer.expect(Command.DMA_MAP)
+        os.close(*message.fds)
+        send(message, b"")
         message = peer.expect(Command.DMA_UNMAP)
         send(message, message.body)
         send(peer.expect(Command.DEVICE_RESET), b"")
@@ -554,31 +563,20 @@ async def converse(path: str) -> None:
             await access.reset()
 
 
-async def test_a_server_that_closes_at_any_byte() -> None:
+async def test_a_server_that_closes_after_any_byte() -> None:
     with no_fd_leaks(), anyio.fail_after(60):
-        limits = range(0, 1000)
-        for limit in limits:
-            with serving(lambda peer, limit=limit: talk(peer, limit)) as path:  # type: ignore[misc]
-                try:
+        sizes: list[int] = []
+        with serving(partial(talk, limit=1 << 20, sizes=sizes)) as path:
+            await converse(path)
+        for limit in range(sum(sizes)):
+            with serving(partial(talk, limit=limit, sizes=[])) as path:
+                with pytest.raises(DeviceLost, match="lost during"):
                     await converse(path)
-                except DeviceLost as error:
-                    assert "lost during" in str(error)
-                else:
-                    break
-        # The last reply came whole, and no sooner.
-        assert limit > 300
-        with serving(lambda peer: talk(peer, limit - 1)) as path:
-            with pytest.raises(DeviceLost, match="lost during resetting the device"):
-                await converse(path)
-
-
-async def opened(path: str, *, timeout: float = 60.0) -> VfioUserAccess:
-    return await connect(path, timeout=timeout)
 
 
 async def test_after_the_server_closed_every_call_says_so() -> None:
     with no_fd_leaks(), serving(lambda peer: peer.open()) as path:
-        async with await opened(path) as access:
+        async with await connect(path) as access:
             with pytest.raises(DeviceLost, match="lost during reading 4 bytes of region 9 at 0x10"):
                 await read(access, 9, 16, 4)
             with pytest.raises(DeviceLost, match="can't be used.*open the device again"):
@@ -629,25 +627,27 @@ async def test_a_reply_that_ends_the_conversation(kind: str) -> None:
         wait_for_close(peer)
 
     with no_fd_leaks(), serving(script) as path, anyio.fail_after(GUARD):
-        async with await opened(path) as access:
-            with pytest.raises(DeviceBroken, match="during reading 4 bytes of region 9 at 0x0; the server does not keep"):
+        async with await connect(path) as access:
+            with pytest.raises(
+                DeviceBroken, match="during reading 4 bytes of region 9 at 0x0; the server does not keep"
+            ):
                 await read(access, 9, 0, 4)
             with pytest.raises(DeviceLost, match="can't be used"):
                 await read(access, 9, 0, 4)
 
 
 @pytest.mark.parametrize(
-    ("body", "answered"),
+    ("body", "good"),
     [
-        pytest.param(b"", 0, id="nothing"),
-        pytest.param(REGION_ACCESS.pack(0, 9, 4), 0, id="no data"),
-        pytest.param(REGION_ACCESS.pack(0, 9, 4) + b"abc", 0, id="cut"),
-        pytest.param(REGION_ACCESS.pack(0, 9, 3) + b"abc", 0, id="short"),
-        pytest.param(REGION_ACCESS.pack(0, 9, 5) + b"abcde", 0, id="long"),
-        pytest.param(REGION_ACCESS.pack(0, 9, 4) + b"abcd" + bytes(100_000), b"abcd", id="padded"),
+        pytest.param(b"", False, id="nothing"),
+        pytest.param(REGION_ACCESS.pack(0, 9, 4), False, id="no data"),
+        pytest.param(REGION_ACCESS.pack(0, 9, 4) + b"abc", False, id="cut"),
+        pytest.param(REGION_ACCESS.pack(0, 9, 3) + b"abc", False, id="short"),
+        pytest.param(REGION_ACCESS.pack(0, 9, 5) + b"abcde", False, id="long"),
+        pytest.param(REGION_ACCESS.pack(0, 9, 4) + b"abcd" + bytes(100_000), True, id="padded"),
     ],
 )
-async def test_a_read_answered_with_another_size(body: bytes, answered: bytes | int) -> None:
+async def test_a_read_answered_with_another_size(body: bytes, good: bool) -> None:
     def script(peer: Peer) -> None:
         peer.open()
         peer.reply(peer.expect(Command.REGION_READ), body)
@@ -655,15 +655,15 @@ async def test_a_read_answered_with_another_size(body: bytes, answered: bytes | 
         wait_for_close(peer)
 
     with serving(script) as path, anyio.fail_after(GUARD):
-        async with await opened(path) as access:
+        async with await connect(path) as access:
             buffer = bytearray(b"\xa5" * 12)
-            if answered:
+            if good:
                 await access.read_into(9, 0, memoryview(buffer)[4:8])
-                assert buffer[4:8] == answered
+                assert bytes(buffer[4:8]) == b"abcd"
             else:
                 with pytest.raises(DeviceBroken, match="answered reading 4 bytes of region 9"):
                     await access.read_into(9, 0, memoryview(buffer)[4:8])
-            assert (buffer[:4], buffer[8:]) == (b"\xa5" * 4, b"\xa5" * 4)
+            assert buffer[:4] == buffer[8:] == b"\xa5" * 4
             assert await read(access, 9, 0, 4) == b"next"
 
 
@@ -675,7 +675,7 @@ async def test_a_write_answered_with_another_count() -> None:
         wait_for_close(peer)
 
     with serving(script) as path, anyio.fail_after(GUARD):
-        async with await opened(path) as access:
+        async with await connect(path) as access:
             for _ in range(2):
                 with pytest.raises(DeviceBroken, match="answered writing 4 bytes to region 9"):
                     await access.write(9, 0, b"data")
@@ -692,10 +692,12 @@ async def test_error_replies_with_a_body_and_descriptors() -> None:
         wait_for_close(peer)
 
     with no_fd_leaks(), serving(script) as path, anyio.fail_after(GUARD):
-        async with await opened(path) as access:
+        async with await connect(path) as access:
             buffer = bytearray(4)
             for _ in range(4):
-                with pytest.raises(DeviceRefused, match="refused reading 4 bytes of region 9 at 0x0 with EBUSY") as caught:
+                with pytest.raises(
+                    DeviceRefused, match="refused reading 4 bytes of region 9 at 0x0 with EBUSY"
+                ) as caught:
                     await access.read_into(9, 0, memoryview(buffer))
                 assert caught.value.errno == errno.EBUSY
                 assert buffer == bytes(4)
@@ -711,7 +713,7 @@ async def test_an_error_without_a_proper_errno(number: int) -> None:
         wait_for_close(peer)
 
     with serving(script) as path, anyio.fail_after(GUARD):
-        async with await opened(path) as access:
+        async with await connect(path) as access:
             with pytest.raises(DeviceRefused, match=f"with EIO .*{number}, says nothing") as caught:
                 await access.reset()
             assert caught.value.errno == errno.EIO
@@ -731,7 +733,7 @@ async def test_replies_in_crumbs_and_with_descriptors_anywhere() -> None:
         wait_for_close(peer)
 
     with no_fd_leaks(), serving(script) as path, anyio.fail_after(GUARD):
-        async with await opened(path) as access:
+        async with await connect(path) as access:
             for _ in range(5):
                 assert await read(access, 9, 0, 4) == b"data"
                 assert access._channel._fds == []
@@ -752,7 +754,7 @@ async def test_too_many_descriptors(at_once: bool) -> None:
         wait_for_close(peer)
 
     with no_fd_leaks(), serving(script) as path, anyio.fail_after(GUARD):
-        async with await opened(path) as access:
+        async with await connect(path) as access:
             with pytest.raises(DeviceBroken, match="file descriptors"):
                 await read(access, 9, 0, 4)
 
@@ -766,7 +768,7 @@ async def test_descriptors_are_not_inherited() -> None:
             wait_for_close(peer)
 
     with serving(script) as path, anyio.fail_after(GUARD):
-        async with await opened(path) as access:
+        async with await connect(path) as access:
             await access.region_info(9)
             assert not os.get_inheritable(access._region_fds[9])
 
@@ -794,7 +796,7 @@ async def test_a_server_that_reads_each_message_with_one_recv() -> None:
         assert largest == HEADER.size + MAX_BODY
 
     with serving(script) as path, anyio.fail_after(GUARD):
-        async with await opened(path) as access:
+        async with await connect(path) as access:
             for _ in range(50):
                 await access.write(9, 0, data)
     assert memory == data
@@ -818,7 +820,7 @@ async def test_transfers_are_cut_as_the_server_wants_them(limit: int, pieces: in
                 peer.reply(message, message.body[: REGION_ACCESS.size])
 
     with serving(script) as path, anyio.fail_after(GUARD):
-        async with await opened(path) as access:
+        async with await connect(path) as access:
             assert await read(access, 9, 40, 100) == data
             assert len(counts) == pieces
             await access.write(9, 40, data)
@@ -890,9 +892,8 @@ async def test_a_message_is_sent_to_its_end_when_cancelled_within() -> None:
             # The reply is owed: it is read before the next command goes out.
             tasks.start_soon(partial(channel.call, "the second call", Command.DEVICE_RESET, timeout=GUARD))
             await anyio.wait_all_tasks_blocked()
-            with pytest.raises(BlockingIOError):
-                peer.socket.recv(1, socket.MSG_DONTWAIT)
-            peer.reply(message, bytes(99_999))
+            assert peer.heard_nothing()
+            await anyio.to_thread.run_sync(peer.reply, message, bytes(99_999))
             peer.reply(await anyio.to_thread.run_sync(peer.receive))
 
 
@@ -931,7 +932,7 @@ async def wait_for(event: threading.Event) -> None:
     assert await anyio.to_thread.run_sync(event.wait, GUARD)
 
 
-@pytest.mark.parametrize("first", [0, 5, 16, 20, 32, 33, 36], ids=lambda first: f"{first} bytes sent before")
+@pytest.mark.parametrize("first", [0, 5, 16, 20, 32, 33, 35], ids=lambda first: f"{first} bytes sent before")
 @pytest.mark.parametrize("error", [False, True], ids=["reply", "error"])
 async def test_the_reply_to_a_cancelled_call_is_awaited_first(first: int, error: bool) -> None:
     """Wherever in its reply a call is cancelled: the rest is not received into its buffer, nor taken for the next."""
@@ -945,23 +946,20 @@ async def test_the_reply_to_a_cancelled_call_is_awaited_first(first: int, error:
         with memfd(b"x") as fd:
             peer.send(data[:first], [fd] if first else [])
             held.hold()
-            with pytest.raises(BlockingIOError):  # nothing new before the old reply is there
-                peer.socket.recv(1, socket.MSG_DONTWAIT)
+            assert peer.heard_nothing()  # before the old reply is there
             peer.send(data[first:])
         peer.reply_read(peer.expect(Command.REGION_READ), b"next")
         wait_for_close(peer)
 
     with no_fd_leaks(), serving(script) as path, anyio.fail_after(GUARD):
-        async with await opened(path) as access:
+        async with await connect(path) as access:
             buffer = bytearray(4)
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(access.read_into, 9, 0, memoryview(buffer))
                 await wait_for(held.received)
                 await anyio.wait_all_tasks_blocked()
                 tasks.cancel_scope.cancel()
-            if first < 36:
-                buffer[:] = b"mine"
-            then = bytes(buffer)
+            buffer[:] = b"mine"
             async with anyio.create_task_group() as tasks:
 
                 async def second() -> None:
@@ -970,7 +968,7 @@ async def test_the_reply_to_a_cancelled_call_is_awaited_first(first: int, error:
                 tasks.start_soon(second)
                 await anyio.wait_all_tasks_blocked()
                 held.go_on.set()
-            assert buffer == then
+            assert buffer == b"mine"
 
 
 async def test_no_answer_in_time() -> None:
@@ -985,9 +983,11 @@ async def test_no_answer_in_time() -> None:
         wait_for_close(peer)
 
     with serving(script) as path, anyio.fail_after(GUARD):
-        async with await opened(path) as access:
+        async with await connect(path) as access:
             access._timeout = 0.05
-            with pytest.raises(DeviceTimeout, match=r"writing 4 bytes to region 9 at 0x0 was not answered within 0.05 s"):
+            with pytest.raises(
+                DeviceTimeout, match=r"writing 4 bytes to region 9 at 0x0 was not answered within 0.05 s"
+            ):
                 await access.write(9, 0, b"slow")
             # The reply is still owed, and so is this call's whole time used up by waiting for it.
             with pytest.raises(DeviceTimeout, match="reading 4 bytes"):
@@ -1004,7 +1004,7 @@ async def test_closing_while_a_call_waits() -> None:
         wait_for_close(peer)
 
     with no_fd_leaks(), serving(script) as path, anyio.fail_after(GUARD):
-        access = await opened(path)
+        access = await connect(path)
 
         async def waiting() -> None:
             with pytest.raises(DeviceLost, match="it was closed"):
@@ -1063,9 +1063,14 @@ async def test_the_server_reads_and_writes_guest_memory_while_a_call_waits() -> 
         peer.reply(message, message.body[: REGION_ACCESS.size])
         wait_for_close(peer)
 
-    with no_fd_leaks(), serving(script) as path, anyio.fail_after(GUARD), guest_memory(2 * DMA_SIZE + PAGE) as (fd, memory):
+    with (
+        no_fd_leaks(),
+        serving(script) as path,
+        anyio.fail_after(GUARD),
+        guest_memory(2 * DMA_SIZE + PAGE) as (fd, memory),
+    ):
         memory[PAGE : PAGE + 4] = b"head"
-        async with await opened(path) as access:
+        async with await connect(path) as access:
             await access.dma_map(IOVA, 2 * DMA_SIZE, fd, PAGE, writable=True)
             await access.write(9, 0, b"go")
         assert memory[PAGE : PAGE + 20] == b"head\0\0\0\0hello\0\0\0ok\0\0"
@@ -1110,7 +1115,7 @@ async def test_a_command_of_the_server_that_is_refused(command: int, body: bytes
         wait_for_close(peer)
 
     with no_fd_leaks(), serving(script) as path, anyio.fail_after(GUARD), guest_memory(2 * DMA_SIZE) as (fd, memory):
-        async with await opened(path) as access:
+        async with await connect(path) as access:
             await access.dma_map(IOVA, PAGE, fd, 0, writable=True)
             await access.dma_map(IOVA + 8 * PAGE, PAGE, fd, 0, writable=False)
             await access.dma_map(IOVA + 16 * PAGE, DMA_SIZE + PAGE, fd, 0, writable=True)
@@ -1138,7 +1143,7 @@ async def test_a_command_of_the_server_that_a_cancelled_call_began_to_receive() 
         wait_for_close(peer)
 
     with no_fd_leaks(), serving(script) as path, anyio.fail_after(GUARD), guest_memory(PAGE) as (fd, memory):
-        async with await opened(path) as access:
+        async with await connect(path) as access:
             await access.dma_map(IOVA, PAGE, fd, 0, writable=True)
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(read, access, 9, 0, 4)
@@ -1154,12 +1159,12 @@ async def test_a_server_that_never_stops_asking_runs_into_the_time_limit() -> No
     def script(peer: Peer) -> None:
         peer.open()
         peer.expect(Command.REGION_READ)
-        with pytest.raises(OSError, match="pipe|reset"):
+        with pytest.raises(Closed):
             while True:
                 peer.send(pack_message(1, Command.DMA_READ, dma(0, 1), flags=FLAG_NO_REPLY) * 100)
 
     with serving(script) as path, anyio.fail_after(GUARD):
-        async with await opened(path) as access:
+        async with await connect(path) as access:
             access._timeout = 0.05
             with pytest.raises(DeviceTimeout):
                 await read(access, 9, 0, 4)
@@ -1184,7 +1189,7 @@ async def test_mapping_passes_the_descriptor() -> None:
 
     with no_fd_leaks(), serving(script) as path, anyio.fail_after(GUARD), guest_memory(2 * PAGE) as (fd, memory):
         memory[PAGE : PAGE + 4] = b"here"
-        async with await opened(path) as access:
+        async with await connect(path) as access:
             await access.dma_map(IOVA, PAGE, fd, PAGE, writable=False)
             await access.dma_unmap(IOVA, PAGE)
 
@@ -1201,7 +1206,7 @@ async def test_a_mapping_that_is_refused_is_not_served() -> None:
         wait_for_close(peer)
 
     with no_fd_leaks(), serving(script) as path, anyio.fail_after(GUARD), guest_memory(PAGE) as (fd, _):
-        async with await opened(path) as access:
+        async with await connect(path) as access:
             with pytest.raises(DeviceRefused, match="refused mapping 0x1000 bytes of guest memory at 0x1000000000"):
                 await access.dma_map(IOVA, PAGE, fd, 0, writable=True)
             assert await read(access, 9, 0, 4) == b"data"
@@ -1228,7 +1233,7 @@ async def test_a_mapping_made_again_after_a_cancelled_unmap_wins() -> None:
     with no_fd_leaks(), serving(script) as path, anyio.fail_after(GUARD), guest_memory(3 * PAGE) as (fd, memory):
         memory[:3] = b"old"
         memory[2 * PAGE : 2 * PAGE + 3] = b"new"
-        async with await opened(path) as access:
+        async with await connect(path) as access:
             await access.dma_map(IOVA, 2 * PAGE, fd, 0, writable=True)
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(access.dma_unmap, IOVA, 2 * PAGE)
@@ -1246,8 +1251,14 @@ async def test_mappings_that_make_no_sense_are_not_sent() -> None:
 
     size = PAGE * 4
     with no_fd_leaks(), serving(script) as path, anyio.fail_after(GUARD), guest_memory(size) as (fd, _):
-        async with await opened(path) as access:
-            for iova, length in [(IOVA + PAGE, size), (IOVA, PAGE), (IOVA, 0), (-size, size), ((1 << 64) - size, 2 * size)]:
+        async with await connect(path) as access:
+            for iova, length in [
+                (IOVA + PAGE, size),
+                (IOVA, PAGE),
+                (IOVA, 0),
+                (-size, size),
+                ((1 << 64) - size, 2 * size),
+            ]:
                 with pytest.raises(UsageError, match="wants multiples of 0x4000"):
                     await access.dma_map(iova, length, fd, 0, writable=True)
                 with pytest.raises(UsageError, match="wants multiples of 0x4000"):
@@ -1282,24 +1293,16 @@ def region_script(*replies: tuple[bytes, bool], content: bytes = b"", size: int 
     return script
 
 
-def region_reply(
-    size: int,
-    sparse: Sequence[tuple[int, int]] | None = None,
-    *,
-    flags: int = RW | REGION_FLAG_MMAP,
-    offset: int = 0,
-    argsz: int | None = None,
-    tail: bytes | None = None,
-) -> bytes:
-    caps = pack_capabilities(REGION_INFO.size, type_=(2, 3), sparse=sparse) if tail is None else tail
+def region_reply(size: int, sparse: Sequence[tuple[int, int]] | None = None, *, argsz: int | None = None) -> bytes:
+    """Of a region with capabilities: complete only when asked again."""
+    caps = pack_capabilities(REGION_INFO.size, type_=(2, 3), sparse=sparse)
     needed = REGION_INFO.size + len(caps) if argsz is None else argsz
-    return REGION_INFO.pack(needed, flags | REGION_FLAG_CAPS, 9, REGION_INFO.size, size, offset) + caps
+    return REGION_INFO.pack(needed, RW | REGION_FLAG_MMAP | REGION_FLAG_CAPS, 9, REGION_INFO.size, size, 0) + caps
 
 
-@contextmanager
-def no_file_left(access: VfioUserAccess) -> Iterator[None]:
-    yield
-    assert access._region_fds == {}
+def bare_reply(size: int, *, flags: int = RW | REGION_FLAG_MMAP, offset: int = 0) -> bytes:
+    """Of a region without capabilities: complete at once."""
+    return REGION_INFO.pack(REGION_INFO.size, flags, 9, 0, size, offset)
 
 
 async def test_region_info_comes_whole_when_asked_with_the_size_wanted() -> None:
@@ -1317,23 +1320,23 @@ async def test_region_info_comes_whole_when_asked_with_the_size_wanted() -> None
         wait_for_close(peer)
 
     with no_fd_leaks(), serving(script) as path, anyio.fail_after(GUARD):
-        async with await opened(path) as access:
+        async with await connect(path) as access:
             info = await access.region_info(9)
             assert (info.type, info.subtype, info.size) == (2, 3, 4 * PAGE)
             assert info.mappable == ((0, PAGE), (2 * PAGE, PAGE))
             assert await access.region_info(9) is info  # not asked again
             first, second = await access.map(info)
             assert (first.offset, second.offset) == (0, 2 * PAGE)
-            assert first.view[:3] == b"new"
+            assert bytes(first.view[:3]) == b"new"
             assert access._region_fds == {}
     assert asked == [32, len(full)]
 
 
 async def test_a_region_is_mapped_where_its_offset_says() -> None:
     content = b"-" * PAGE + b"A" * PAGE + b"B" * PAGE
-    script = region_script((region_reply(2 * PAGE, offset=PAGE, argsz=32), True), content=content)
+    script = region_script((bare_reply(2 * PAGE, offset=PAGE), True), content=content)
     with no_fd_leaks(), serving(script) as path, anyio.fail_after(GUARD):
-        async with await opened(path) as access:
+        async with await connect(path) as access:
             (area,) = await access.map(await access.region_info(9))
             assert area.view == content[PAGE:]
             assert not area.view.readonly
@@ -1350,9 +1353,9 @@ async def test_a_region_is_mapped_where_its_offset_says() -> None:
     ],
 )
 async def test_what_is_mappable(flags: int, with_fd: bool, mappable: bool) -> None:
-    script = region_script((region_reply(PAGE, flags=flags, argsz=32), with_fd), size=PAGE)
+    script = region_script((bare_reply(PAGE, flags=flags), with_fd), size=PAGE)
     with no_fd_leaks(), serving(script) as path, anyio.fail_after(GUARD):
-        async with await opened(path) as access:
+        async with await connect(path) as access:
             info = await access.region_info(9)
             assert (info.readable, info.writable) == (bool(flags & REGION_FLAG_READ), bool(flags & REGION_FLAG_WRITE))
             assert info.mappable == (((0, PAGE),) if mappable else ())
@@ -1365,9 +1368,11 @@ async def test_what_is_mappable(flags: int, with_fd: bool, mappable: bool) -> No
 
 async def test_areas_that_cannot_be_mapped_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
     """The file ends within the second area; touching what is behind it would kill us."""
-    script = region_script((body := region_reply(3 * PAGE, [(0, PAGE), (PAGE, 2 * PAGE)]), False), (body, True), size=PAGE)
+    script = region_script(
+        (body := region_reply(3 * PAGE, [(0, PAGE), (PAGE, 2 * PAGE)]), False), (body, True), size=PAGE
+    )
     with no_fd_leaks(), serving(script) as path, anyio.fail_after(GUARD):
-        async with await opened(path) as access:
+        async with await connect(path) as access:
             info = await access.region_info(9)
             with caplog.at_level(logging.WARNING, "vfiostream.access"):
                 (area,) = await access.map(info)
@@ -1378,20 +1383,20 @@ async def test_areas_that_cannot_be_mapped_are_left_out(caplog: pytest.LogCaptur
 
 @pytest.mark.parametrize("offset", [1, PAGE - 1, 1 << 63, (1 << 64) - PAGE])
 async def test_an_offset_that_cannot_be_mapped(offset: int) -> None:
-    script = region_script((region_reply(PAGE, offset=offset, argsz=32), True), size=PAGE)
+    script = region_script((bare_reply(PAGE, offset=offset), True), size=PAGE)
     with no_fd_leaks(), serving(script) as path, anyio.fail_after(GUARD):
-        async with await opened(path) as access:
+        async with await connect(path) as access:
             assert await access.map(await access.region_info(9)) == ()
 
 
 async def test_a_descriptor_that_cannot_be_mapped_at_all() -> None:
     def script(peer: Peer) -> None:
         peer.open()
-        peer.reply(peer.expect(Command.GET_REGION_INFO), region_reply(PAGE, argsz=32), fds=[peer.socket.fileno()])
+        peer.reply(peer.expect(Command.GET_REGION_INFO), bare_reply(PAGE), fds=[peer.socket.fileno()])
         wait_for_close(peer)
 
     with no_fd_leaks(), serving(script) as path, anyio.fail_after(GUARD):
-        async with await opened(path) as access:
+        async with await connect(path) as access:
             assert await access.map(await access.region_info(9)) == ()
 
 
@@ -1407,7 +1412,9 @@ AREAS = [(n * PAGE, PAGE) for n in range(vfio_user.MAX_AREAS + 1)]
         pytest.param([region_reply(PAGE, argsz=0xFFFFFFFF)], "limit is 65536", id="huge"),
         pytest.param([region_reply(PAGE), b""], "in 0 bytes", id="nothing at the second asking"),
         pytest.param([region_reply(PAGE), region_reply(PAGE)[:40]], "capability chain", id="capabilities cut"),
-        pytest.param([region_reply(PAGE, argsz=32, tail=b"")[:12] + bytes(20)], "capability", id="no chain"),
+        pytest.param(
+            [bare_reply(PAGE, flags=RW | REGION_FLAG_CAPS)[:12] + b"\x20" + bytes(19)], "chain", id="no chain"
+        ),
         pytest.param([REGION_INFO.pack(32, RW, 8, 0, PAGE, 0)], "region 8 when asked about region 9", id="another"),
         pytest.param([region_reply(PAGE, [(0, 2 * PAGE)])] * 2, "mappable area", id="area over the end"),
         pytest.param([region_reply(PAGE, [(PAGE, PAGE)])] * 2, "mappable area", id="area behind the end"),
@@ -1421,10 +1428,7 @@ AREAS = [(n * PAGE, PAGE) for n in range(vfio_user.MAX_AREAS + 1)]
 async def test_region_info_that_makes_no_sense(replies: list[bytes], words: str) -> None:
     script = region_script(*[(reply, True) for reply in replies], size=9 * PAGE)
     with no_fd_leaks(), serving(script) as path, anyio.fail_after(GUARD):
-        async with await opened(path) as access:
-            if words == "capability":  # told to have capabilities, but at offset 0: there are none
-                assert (await access.region_info(9)).type is None
-                return
+        async with await connect(path) as access:
             with pytest.raises(DeviceBroken, match=words):
                 await access.region_info(9)
 
@@ -1436,7 +1440,7 @@ async def test_a_region_the_device_does_not_have() -> None:
         wait_for_close(peer)
 
     with serving(script) as path, anyio.fail_after(GUARD):
-        async with await opened(path) as access:
+        async with await connect(path) as access:
             for index in (-1, 10, 1 << 32):
                 with pytest.raises(UsageError, match="its regions are 0 to 9"):
                     await access.region_info(index)
@@ -1460,7 +1464,7 @@ async def test_cancelled_between_the_two_queries_for_a_region() -> None:
         wait_for_close(peer)
 
     with no_fd_leaks(), serving(script) as path, anyio.fail_after(GUARD):
-        async with await opened(path) as access:
+        async with await connect(path) as access:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(access.region_info, 9)
                 await wait_for(held.received)
@@ -1488,7 +1492,7 @@ async def test_every_message_can_be_traced(caplog: pytest.LogCaptureFixture) -> 
         wait_for_close(peer)
 
     with caplog.at_level(logging.DEBUG, "vfiostream.access"), serving(script) as path, anyio.fail_after(GUARD):
-        async with await opened(path) as access:
+        async with await connect(path) as access:
             await read(access, 9, 8, 4)
     lines = [record.getMessage() for record in caplog.records if record.name == "vfiostream.access"]
     assert len(lines) == 7

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from protocol_streams import FORWARD, HELLO, Frame, records_in, send, stored_frames
+from tests.protocol_streams import FORWARD, HELLO, Frame, records_in, send, stored_frames
 from vfiostream.errors import StreamError
 from vfiostream.protocol.records import Record
 from vfiostream.protocol.sessions import SourceSession

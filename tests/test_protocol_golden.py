@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from protocol_streams import ABORT, FORWARD, HELLO, REPLIES, send, stored_frames, take
+from tests.protocol_streams import ABORT, FORWARD, HELLO, REPLIES, send, stored_frames, take
 from vfiostream.protocol import limits
 from vfiostream.protocol.records import Abort, Record, Welcome
 from vfiostream.protocol.sessions import Phase, SourceSession, TargetSession

@@ -12,7 +12,7 @@ import pytest
 import xxhash
 import zstandard
 
-from protocol_streams import (
+from tests.protocol_streams import (
     ABORT,
     FORWARD,
     HELLO,
@@ -37,6 +37,8 @@ from vfiostream.protocol.records import (
     Record,
     RecordType,
     Round,
+    RoundEnd,
+    State,
     Welcome,
     decode,
     encode,
@@ -596,9 +598,6 @@ def test_the_body_is_checked_before_it_is_decoded() -> None:
         take(pair.target, bytes(frame))
 
 
-BITMAP_PAIR_RANGE = RangeEntry(2, 0, 20 * PAGE)
-
-
 @pytest.mark.parametrize(
     ("record", "bitmap", "match"),
     [
@@ -617,18 +616,13 @@ BITMAP_PAIR_RANGE = RangeEntry(2, 0, 20 * PAGE)
     ],
 )
 def test_a_bitmap_that_is_refused(record: Bitmap, bitmap: bytes, match: str) -> None:
-    pair = Pair.greeted(hello(ranges=(BITMAP_PAIR_RANGE,)))
+    pair = Pair.greeted(hello(ranges=(RangeEntry(2, 0, 20 * PAGE),)))
     pair.say(Round(1))
     pair.refuses(record, bitmap, match=match)
 
 
 def test_a_config_of_more_than_a_gibibyte() -> None:
     pair = Pair.greeted(hello(device(1, device_memory=False)))
-    for record in FORWARD_TO_CONFIG:
+    for record in (State(), Round(1), RoundEnd(1)):
         pair.say(record)
     pair.refuses(Config(1, 0, limits.MAX_CONFIG + 1), b"c", match="the limit is 1073741824")
-
-
-FORWARD_TO_CONFIG: list[Record] = [
-    frame.record for frame in FORWARD if frame.record.type in (RecordType.ROUND, RecordType.ROUND_END, RecordType.STATE)
-]

@@ -19,7 +19,7 @@ from typing import Any
 import anyio
 import pytest
 
-from transport_contract import (
+from tests.transport_contract import (
     KIB,
     NOISE,
     LinkContract,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import errno
-import struct
 
 import pytest
 from hypothesis import settings as hypothesis_settings
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 from hypothesis.strategies import integers, sampled_from
 
-from vendor_operations import (
+from tests.vendor_operations import (
     IOVA,
     PAGE,
     RUNNING,
@@ -22,25 +21,15 @@ from vendor_operations import (
     Operations,
     finish,
     guest,
+    kind_and_ordinal,
     opened,
+    pages_of,
     refused,
 )
 from vfiostream.uapi.four_region import State
 from vfiostream.vendor import capture as stream
 from vfiostream.vendor.device import ReferenceDevice
 from vfiostream.vendor.settings import Settings
-
-
-def pages_of(capture: bytes) -> list[int]:
-    """The pages a capture holds, by its table."""
-    runs = stream.CAPTURE_HEADER.unpack_from(capture)[6]
-    table = struct.iter_unpack("<QQ", capture[stream.CAPTURE_HEADER.size :][: runs * 16])
-    return [page for first, count in table for page in range(first, first + count)]
-
-
-def kind_and_ordinal(capture: bytes) -> tuple[int, int]:
-    fields = stream.CAPTURE_HEADER.unpack_from(capture)
-    return fields[2], fields[3]
 
 
 def test_the_first_capture_under_logging_is_whole_and_then_what_was_written() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from vendor_operations import (
+from tests.vendor_operations import (
     BAR0,
     BITMAP,
     CONFIG,

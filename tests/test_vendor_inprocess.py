@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from access_contract import AccessContract, Subject
-from vendor_operations import BITMAP, CONFIG, CONTROL, MEMORY, PAGE, SMALL
+from tests.access_contract import AccessContract, Subject
+from tests.vendor_operations import BITMAP, CONFIG, CONTROL, MEMORY, PAGE, SMALL
 from vfiostream.errors import DeviceLost, DeviceRefused, DeviceTimeout
 from vfiostream.uapi.four_region import NATURAL
 from vfiostream.vendor.device import ReferenceDevice

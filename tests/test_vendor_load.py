@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from vendor_operations import CONFIG, PAGE, RUNNING, RUNNING_LOGGING, STOP, STOP_LOGGING, finish, opened, refused
+from tests.vendor_operations import CONFIG, PAGE, RUNNING, RUNNING_LOGGING, STOP, STOP_LOGGING, finish, opened, refused
 from vfiostream.uapi.four_region import Action
 from vfiostream.vendor import capture as stream
 
@@ -22,14 +22,14 @@ def test_data_is_loaded_in_stop_only() -> None:
         config, capture = ops.get_config(), ops.capture()
         for state in (RUNNING, RUNNING_LOGGING, STOP_LOGGING):
             ops.set_state(state)
-            for attempt in (
-                lambda: ops.set_memory_size(len(capture)),
-                lambda: ops.set_chunk(0, capture[: ops.chunk]),
-                lambda: ops.set_config(config),
-                lambda: ops.put32(ops.layout.config_action, Action.SET_BUFFER),
-            ):
-                with refused(errno.EBUSY):
-                    attempt()
+            with refused(errno.EBUSY):
+                ops.set_memory_size(len(capture))
+            with refused(errno.EBUSY):
+                ops.set_chunk(0, capture[: ops.chunk])
+            with refused(errno.EBUSY):
+                ops.set_config(config)
+            with refused(errno.EBUSY):
+                ops.put32(ops.layout.config_action, Action.SET_BUFFER)
 
 
 def test_half_a_load_does_not_run_and_a_whole_one_does() -> None:

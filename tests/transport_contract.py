@@ -278,11 +278,11 @@ class LinkContract(TransportContract):
         yield self._receiver
 
     async def moved(self, sends: Sequence[Sequence[Buffer]], space: memoryview) -> bytes:
-        async with self.link() as (sender, receiver):
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(send_all, sender, sends)
-                received = await receive_all(receiver, space)
-            return received
+        received = bytearray()
+        async with self.link() as (sender, receiver), anyio.create_task_group() as tasks:
+            tasks.start_soon(send_all, sender, sends)
+            received += await receive_all(receiver, space)
+        return bytes(received)
 
     async def test_somebody_may_answer(self) -> None:
         async with self.link() as (sender, receiver):

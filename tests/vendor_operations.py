@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import pytest
 
 from vfiostream.uapi.four_region import NATURAL, PACKED, Action, ControlLayout, State
+from vfiostream.vendor import capture as stream
 from vfiostream.vendor.device import ReferenceDevice
 from vfiostream.vendor.settings import Settings
 
@@ -167,3 +168,15 @@ def finish(source: Operations, target: Operations) -> None:
     target.set_config(source.get_config())
     source.set_state(STOP)
     target.set_state(RUNNING)
+
+
+def pages_of(capture: bytes) -> list[int]:
+    """The pages a capture holds, by its table."""
+    runs = stream.CAPTURE_HEADER.unpack_from(capture)[6]
+    table = struct.iter_unpack("<QQ", capture[stream.CAPTURE_HEADER.size :][: runs * 16])
+    return [page for first, count in table for page in range(first, first + count)]
+
+
+def kind_and_ordinal(capture: bytes) -> tuple[int, int]:
+    fields = stream.CAPTURE_HEADER.unpack_from(capture)
+    return fields[2], fields[3]

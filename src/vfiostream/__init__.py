@@ -1,1 +1,42 @@
-"""Move the state of a VFIO device from one host to another while it runs, or into a file and back."""
+"""Move the state of a VFIO device from one host to another while it runs, or into a file and back.
+
+The names an agent needs, in ``docs/library.md``; everything else is in the modules.
+"""
+
+from vfiostream.checkpoint import inspect, restore, save, verify
+from vfiostream.compatibility import check
+from vfiostream.devices import open_device
+from vfiostream.devices.contract import Device
+from vfiostream.errors import VfiostreamError
+from vfiostream.guest import Guest, GuestRange
+from vfiostream.migrate import receive, send
+from vfiostream.pipeline.progress import Progress, Summary
+from vfiostream.pipeline.settings import Settings
+from vfiostream.policy import Precopy
+from vfiostream.transports import connect, listen
+from vfiostream.transports.contract import Listener, Transport
+from vfiostream.version import __version__
+
+__all__ = [
+    "Device",
+    "Guest",
+    "GuestRange",
+    "Listener",
+    "Precopy",
+    "Progress",
+    "Settings",
+    "Summary",
+    "Transport",
+    "VfiostreamError",
+    "__version__",
+    "check",
+    "connect",
+    "inspect",
+    "listen",
+    "open_device",
+    "receive",
+    "restore",
+    "save",
+    "send",
+    "verify",
+]

@@ -6,14 +6,15 @@ from vfiostream.access.contract import Access
 from vfiostream.errors import UsageError
 
 
-async def open_access(address: str) -> Access:
+async def open_access(address: str, *, timeout: float = 60.0) -> Access:
     """Open the device at ``address``: ``vfio-user:SOCKET``, with the path of the socket its process listens on.
 
-    Raises :class:`~vfiostream.errors.UsageError` for anything else, and what the access itself raises.
+    ``timeout`` is how many seconds the device may take for one operation. Raises
+    :class:`~vfiostream.errors.UsageError` for anything else, and what the access itself raises.
     """
     scheme, _, rest = address.partition(":")
     if scheme == "vfio-user" and rest:
         from vfiostream.access import vfio_user  # others need not load it
 
-        return await vfio_user.connect(rest)
+        return await vfio_user.connect(rest, timeout=timeout)
     raise UsageError(f"{address!r} is not the address of a device; write vfio-user:SOCKET, with the path of its socket")

@@ -19,10 +19,10 @@ class Mapping:
     view: memoryview
     """The memory; read only unless ``writable`` was asked for."""
 
-    def __init__(self, fd: int, offset: int, length: int, *, readable: bool = True, writable: bool) -> None:
-        if length <= 0 or not (readable or writable):  # mmap takes 0 for "all there is"
-            raise CannotMap(f"{length} bytes, readable: {readable}, writable: {writable}")
-        protection = (mmap.PROT_READ if readable else 0) | (mmap.PROT_WRITE if writable else 0)
+    def __init__(self, fd: int, offset: int, length: int, *, writable: bool) -> None:
+        if fd < 0 or length <= 0:  # Python's mmap takes -1 for "no file", and 0 for "all there is"
+            raise CannotMap(f"{length} bytes of file descriptor {fd}")
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         try:
             # Of a regular file, Python refuses to map what lies behind its end.
             self._memory = mmap.mmap(fd, length, mmap.MAP_SHARED, protection, offset=offset)

@@ -169,7 +169,7 @@ class VfioUserAccess(Access):
     async def map(self, info: RegionInfo) -> Sequence[MappedArea]:
         self._channel.check()
         index = info.index
-        if index in self._region_fds:
+        if index not in self._areas and index in self._region_fds:
             fd = self._region_fds.pop(index)
             try:
                 self._areas[index] = tuple(self._map_areas(info, fd, self._region_offsets[index]))
@@ -288,7 +288,7 @@ class VfioUserAccess(Access):
         areas = []
         for start, length in info.mappable:
             try:
-                mapping = Mapping(fd, offset + start, length, readable=info.readable, writable=info.writable)
+                mapping = Mapping(fd, offset + start, length, writable=info.writable)
             except CannotMap as error:
                 logger.warning(
                     "%s: %#x+%#x of region %d can't be mapped (%s): it is read and written by message, which is slower",

@@ -9,7 +9,7 @@ what is missing.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from vfiostream.access.contract import Access, RegionInfo
 from vfiostream.devices import pci
@@ -30,7 +30,7 @@ from vfiostream.uapi.four_region import (
 )
 from vfiostream.uapi.vfio import PCI_CONFIG_REGION, REGION_TYPE_PCI_VENDOR
 
-LayoutName = Literal["natural", "packed"]
+LayoutName: TypeAlias = Literal["natural", "packed"]
 
 _KNOWN_CAPS = int(Caps.DEVICE_MEMORY | Caps.SYSTEM_MEMORY)
 
@@ -149,8 +149,8 @@ def _pci_config_region(name: str, infos: list[RegionInfo]) -> RegionInfo:
     if not (pci.MIN_SIZE <= info.size <= pci.MAX_SIZE and info.readable and info.writable):
         raise _blocker(
             name,
-            f"its PCI config space of {info.size} bytes is not one of {pci.MIN_SIZE} to {pci.MAX_SIZE} bytes that can be "
-            "read and written",
+            f"its PCI config space of {info.size} bytes is not one of {pci.MIN_SIZE} to {pci.MAX_SIZE} to be read "
+            "and written",
         )
     return info
 

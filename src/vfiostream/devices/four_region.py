@@ -2,8 +2,8 @@
 
 A data region is a staging buffer: what the driver puts there is ours to read until the next operation, and what we put
 there reaches the device with SET_BUFFER only. So a call never leaves half a chunk with the driver; and once a call has
-failed or was cancelled, none but ``resume``, ``release`` and ``abandon`` reach it (:data:`_SOURCE_CALLS` and
-:data:`_TARGET_CALLS`).
+failed or was cancelled, only ``resume``, ``release`` and ``abandon`` reach it. Which call is in order when is in two
+tables, ``_SOURCE_CALLS`` and ``_TARGET_CALLS``.
 
 The two orders of a session differ in when LOGGING is set. *session*: at the start, so the first capture is the whole
 memory because nothing was captured before. *posted*, as the posted patches do it: when the first capture, which is the
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal, Self
+from typing import Literal, Self, TypeAlias
 
 import anyio.lowlevel
 
@@ -31,7 +31,7 @@ from vfiostream.devices.regions import Region
 from vfiostream.errors import DeviceBroken, DeviceRefused, Incompatible, LocalProtocolError
 from vfiostream.uapi.four_region import PAGE_SIZE, State
 
-Order = Literal["session", "posted"]
+Order: TypeAlias = Literal["session", "posted"]
 
 MAX_BITMAP = 1024 * 1024
 """Bytes of bitmap asked for at a time, however large the region: 32 GiB of guest memory."""
@@ -44,31 +44,47 @@ class _Phase(StrEnum):
     RELEASED = "released"
     SOURCE_FAILED = "stopped by an error"
     LOADING = "loading"
+    LOADED = "loaded"
     RUNNING = "running what it has loaded"
     ABANDONED = "abandoned"
     LOAD_FAILED = "loading, which has failed"
     CLOSED = "closed"
 
 
-_IDLE, _LOGGING, _STOPPED = _Phase.IDLE, _Phase.LOGGING, _Phase.STOPPED
-_SOURCE_CALLS = {
-    "start_precopy": {_IDLE: _LOGGING},
-    "capture": {_LOGGING: _LOGGING, _STOPPED: _STOPPED},
-    "read_into": {_LOGGING: _LOGGING, _STOPPED: _STOPPED},
-    "merge_dirty": {_LOGGING: _LOGGING, _STOPPED: _STOPPED},
-    "stop": {_LOGGING: _STOPPED},
-    "capture_config": {_STOPPED: _STOPPED},
-    "release": {_STOPPED: _Phase.RELEASED, _Phase.SOURCE_FAILED: _Phase.RELEASED},
-    "resume": {_IDLE: _IDLE, _LOGGING: _IDLE, _STOPPED: _IDLE, _Phase.SOURCE_FAILED: _IDLE},
+_Calls: TypeAlias = dict[str, dict[_Phase, _Phase]]
+_SOURCE_CALLS: _Calls = {
+    "start_precopy": {_Phase.IDLE: _Phase.LOGGING},
+    "capture": {_Phase.LOGGING: _Phase.LOGGING, _Phase.STOPPED: _Phase.STOPPED},
+    "read_into": {_Phase.LOGGING: _Phase.LOGGING, _Phase.STOPPED: _Phase.STOPPED},
+    "merge_dirty": {_Phase.LOGGING: _Phase.LOGGING, _Phase.STOPPED: _Phase.STOPPED},
+    "stop": {_Phase.LOGGING: _Phase.STOPPED},
+    "capture_config": {_Phase.STOPPED: _Phase.STOPPED},
+    "release": {_Phase.STOPPED: _Phase.RELEASED, _Phase.SOURCE_FAILED: _Phase.RELEASED},
+    "resume": {
+        _Phase.IDLE: _Phase.IDLE,
+        _Phase.LOGGING: _Phase.IDLE,
+        _Phase.STOPPED: _Phase.IDLE,
+        _Phase.RELEASED: _Phase.IDLE,
+        _Phase.SOURCE_FAILED: _Phase.IDLE,
+    },
 }
-_TARGET_CALLS = {
-    "start_load": {_IDLE: _Phase.LOADING},
+_TARGET_CALLS: _Calls = {
+    "start_load": {_Phase.IDLE: _Phase.LOADING},
     "begin_capture": {_Phase.LOADING: _Phase.LOADING},
     "write": {_Phase.LOADING: _Phase.LOADING},
     "begin_config": {_Phase.LOADING: _Phase.LOADING},
     "load_pci_config": {_Phase.LOADING: _Phase.LOADING},
-    "run": {_Phase.LOADING: _Phase.RUNNING},
-    "abandon": {_Phase.LOADING: _Phase.ABANDONED, _Phase.LOAD_FAILED: _Phase.ABANDONED},
+    "finish_load": {_Phase.LOADING: _Phase.LOADED},
+    "run": {_Phase.LOADED: _Phase.RUNNING},
+    # Where several devices move, all are abandoned if one fails, wherever the others are.
+    "abandon": {
+        _Phase.IDLE: _Phase.ABANDONED,
+        _Phase.LOADING: _Phase.ABANDONED,
+        _Phase.LOADED: _Phase.ABANDONED,
+        _Phase.RUNNING: _Phase.ABANDONED,
+        _Phase.LOAD_FAILED: _Phase.ABANDONED,
+        _Phase.ABANDONED: _Phase.ABANDONED,
+    },
 }
 
 
@@ -162,7 +178,7 @@ class FourRegionDevice(Device):
             await anyio.lowlevel.checkpoint()  # a mapped region is read without waiting for anything
             reading = self._reading
             if reading is None:
-                raise self._misuse("nothing was captured that could be read")
+                return 0
             before = reading.done
             stop = min(reading.size, before + len(into))
             while reading.done < stop:
@@ -303,9 +319,12 @@ class FourRegionDevice(Device):
                 with operation(self.name, f"restore {len(data)} bytes of PCI config space at {offset:#04x}"):
                     await self._access.write(self._pci.index, offset, data)
 
+    async def finish_load(self) -> None:
+        with self._call("finish_load"):
+            self._require_all_written()  # and what was written, the driver has taken
+
     async def run(self) -> None:
         with self._call("run"):
-            self._require_all_written()
             await self._set_state(State.RUNNING)
 
     async def abandon(self) -> None:
@@ -317,7 +336,7 @@ class FourRegionDevice(Device):
 
     async def dma_map(self, iova: int, length: int, fd: int, offset: int) -> None:
         with operation(self.name, f"map {length} bytes of guest memory at {iova:#x}"):
-            await self._access.dma_map(iova, length, fd, offset, writable=True)
+            await self._access.dma_map(iova, length, fd, offset, writable=self.description.dirty_tracking)
 
     async def aclose(self) -> None:
         self._phase = _Phase.CLOSED

@@ -73,7 +73,9 @@ class Budget:
         else:
             self.used += charge
         self.peak = max(self.peak, self.used)
-        return Lease(self, self._memory(size), size, charge)
+        memory = self._memory(size)
+        self._trim()
+        return Lease(self, memory, size, charge)
 
     def _memory(self, size: int) -> bytearray:
         if self._chunk // 2 < size <= self._chunk:
@@ -84,10 +86,13 @@ class Budget:
         self.used -= charge
         if memory is not None and len(memory) == self._chunk and charge >= self._chunk // 2:
             self._spare.append(memory)
-        # What lies spare counts: memory in use and spare together stay within the limit.
+            self._trim()
+        self._grant()
+
+    def _trim(self) -> None:
+        """What lies spare counts too: in use and spare together stay within the limit."""
         while self._spare and self.used + len(self._spare) * self._chunk > self.limit:
             self._spare.pop()
-        self._grant()
 
     def _grant(self) -> None:
         while self._waiting and self.used + self._waiting[0][0] <= self.limit:

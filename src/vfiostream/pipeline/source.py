@@ -192,6 +192,7 @@ class Source:
         head, _ = self._session.send(self._hello)
         with anyio.move_on_after(self._settings.patience) as scope:
             await self._transport.send([head])
+            self._progress.transferred += len(head)
             if not self._transport.answers:
                 return
             match await read_reply(self._transport, self._session):

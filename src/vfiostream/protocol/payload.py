@@ -38,7 +38,7 @@ class Decompressor:
     """Turns payload into content, never more of it than the frame announced. One for each thread."""
 
     def __init__(self) -> None:
-        self._context = zstandard.ZstdDecompressor(max_window_size=limits.MAX_WINDOW)
+        self._context = zstandard.ZstdDecompressor()
 
     def content(self, payload: Buffer, flags: int, content_size: int, where: str) -> Buffer:
         """Return the content of a frame: ``payload`` itself where nothing was done to it, else new bytes. Raises
@@ -49,8 +49,13 @@ class Decompressor:
         if flags != FLAG_ZSTD:
             return payload
         try:
-            # The library allocates what the zstd frame says of itself, so that is what has to be checked.
+            # The library allocates what the zstd frame says of itself, so that is what has to be checked. Its own
+            # max_window_size counts only where it decompresses in steps.
             parameters = zstandard.get_frame_parameters(payload)
+            if parameters.window_size > limits.MAX_WINDOW:
+                raise StreamError(
+                    where, f"has a zstd window of {parameters.window_size} bytes (the limit is {limits.MAX_WINDOW})"
+                )
             if parameters.content_size != content_size or parameters.dict_id != 0:
                 raise StreamError(where, f"has a zstd frame that does not hold just the {content_size} bytes announced")
             content: bytes = self._context.decompress(payload, allow_extra_data=False)

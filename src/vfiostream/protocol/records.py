@@ -6,9 +6,9 @@ Each record is validated when it is made, here and from the wire alike: a ValueE
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields
 from enum import IntEnum
-from functools import cache
+from itertools import pairwise
 from typing import Any, ClassVar, TypeAlias
 
 import msgpack
@@ -43,10 +43,17 @@ FEATURES = ("zstd",)
 ABORT_CODES = ("cancelled", "not-converged", "device", "incompatible", "stream", "timeout", "failed")
 
 
+def _shown(value: Any) -> str:
+    """``value`` as messages show it. The repr of just anything could be too deep for Python's stack: a header may hold
+    a thousand arrays in each other.
+    """
+    return f"{value!r:.40}" if type(value) in (bool, bytes, float, int, str) else f"a {type(value).__name__}"
+
+
 def _unsigned(bits: int, least: int = 0, **values: Any) -> None:
     for name, value in values.items():
         if type(value) is not int or not least <= value < 1 << bits:
-            raise ValueError(f"{name} is {value!r:.40}, not a number from {least} to 2^{bits} - 1")
+            raise ValueError(f"{name} is {_shown(value)}, not a number from {least} to 2^{bits} - 1")
 
 
 def _text(most: int, **values: Any) -> None:
@@ -58,7 +65,7 @@ def _text(most: int, **values: Any) -> None:
 def _bool(**values: Any) -> None:
     for name, value in values.items():
         if type(value) is not bool:
-            raise ValueError(f"{name} is {value!r:.40}, not true or false")
+            raise ValueError(f"{name} is {_shown(value)}, not true or false")
 
 
 def _session(value: Any) -> None:
@@ -67,15 +74,15 @@ def _session(value: Any) -> None:
 
 
 def _features(values: tuple[str, ...]) -> None:
-    if len(values) > limits.MAX_FEATURES or len(set(values)) != len(values):
-        raise ValueError(f"features are not at most {limits.MAX_FEATURES} different texts")
     for value in values:
         _text(limits.MAX_NAME, feature=value)
+    if len(values) > limits.MAX_FEATURES or len(set(values)) != len(values):
+        raise ValueError(f"features are not at most {limits.MAX_FEATURES} different texts")
 
 
 def _chunk(value: Any) -> None:
     if type(value) is not int or not limits.MIN_CHUNK <= value <= limits.MAX_CONTENT:
-        raise ValueError(f"chunk is {value!r:.40}, not {limits.MIN_CHUNK} to {limits.MAX_CONTENT}")
+        raise ValueError(f"chunk is {_shown(value)}, not {limits.MIN_CHUNK} to {limits.MAX_CONTENT}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +141,8 @@ class RangeEntry:
         _unsigned(32, 1, stream=self.stream)
         _unsigned(64, address=self.address)
         _unsigned(64, 1, length=self.length)
-        if self.page_size != limits.PAGE_SIZE:
-            raise ValueError(f"page_size is {self.page_size!r:.40}, not {limits.PAGE_SIZE}")
+        if type(self.page_size) is not int or self.page_size != limits.PAGE_SIZE:
+            raise ValueError(f"page_size is {_shown(self.page_size)}, not {limits.PAGE_SIZE}")
         if self.address % self.page_size or self.length % self.page_size:
             raise ValueError(f"range at {self.address:#x} of {self.length} bytes is not made of whole pages")
         if self.address + self.length > 1 << 64:
@@ -168,11 +175,11 @@ class Hello:
             raise ValueError(f"{len(self.devices)} devices, not 1 to {limits.MAX_DEVICES}")
         if len(self.ranges) > limits.MAX_RANGES:
             raise ValueError(f"{len(self.ranges)} ranges of guest memory (the limit is {limits.MAX_RANGES})")
-        streams = [entry.stream for entry in (*self.devices, *self.ranges)]
+        streams = [device.stream for device in self.devices] + [area.stream for area in self.ranges]
         if streams != list(range(1, len(streams) + 1)):
             raise ValueError("streams are not numbered 1, 2, 3 and so on")
         ordered = sorted(self.ranges, key=lambda entry: entry.address)
-        for low, high in zip(ordered, ordered[1:], strict=False):
+        for low, high in pairwise(ordered):
             if low.address + low.length > high.address:
                 raise ValueError(f"ranges of guest memory overlap at {high.address:#x}")
 
@@ -244,7 +251,7 @@ class Bitmap:
     def __post_init__(self) -> None:
         _unsigned(64, page=self.page)
         if type(self.pages) is not int or not 1 <= self.pages <= limits.MAX_BITMAP_PAGES:
-            raise ValueError(f"pages is {self.pages!r:.40}, not 1 to {limits.MAX_BITMAP_PAGES}")
+            raise ValueError(f"pages is {_shown(self.pages)}, not 1 to {limits.MAX_BITMAP_PAGES}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,7 +284,7 @@ class State:
 
     def __post_init__(self) -> None:
         if self.state != "stopped":
-            raise ValueError(f"state is {self.state!r:.40}, not 'stopped'")
+            raise ValueError(f"state is {_shown(self.state)}, not 'stopped'")
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,7 +344,7 @@ class Ack:
 
     def __post_init__(self) -> None:
         if self.of not in ("round", "loaded", "running"):
-            raise ValueError(f"of is {self.of!r:.40}, not 'round', 'loaded' or 'running'")
+            raise ValueError(f"of is {_shown(self.of)}, not 'round', 'loaded' or 'running'")
         _unsigned(32, 1, number=self.number)
         _unsigned(64, limit=self.limit)
 
@@ -359,7 +366,7 @@ class Abort:
 
     def __post_init__(self) -> None:
         if self.code not in ABORT_CODES:
-            raise ValueError(f"code is {self.code!r:.40}, not one of {', '.join(ABORT_CODES)}")
+            raise ValueError(f"code is {_shown(self.code)}, not one of {', '.join(ABORT_CODES)}")
         _text(limits.MAX_TEXT, reason=self.reason)
         _bool(stopped=self.stopped)
 
@@ -405,16 +412,12 @@ _CLASSES: dict[int, type[Any]] = {
     )
 }
 
-STREAMED = frozenset(
-    {
-        RecordType.CAPTURE,
-        RecordType.MEMORY,
-        RecordType.BITMAP,
-        RecordType.PAGES,
-        RecordType.PCI,
-        RecordType.CONFIG,
-    }
-)
+_HEADER_FIELDS: dict[type[Any], tuple[str, ...]] = {
+    cls: tuple(known.name for known in fields(cls) if not known.metadata.get("prefix"))
+    for cls in (*_CLASSES.values(), DeviceEntry, PciEntry, RangeEntry)
+}
+
+Streamed: TypeAlias = Capture | Memory | Bitmap | Pages | Pci | Config
 """The records that belong to a device or a range of guest memory."""
 
 CONTENT: dict[RecordType, tuple[int, int]] = {
@@ -429,12 +432,13 @@ CONTENT: dict[RecordType, tuple[int, int]] = {
 
 def encode(record: Record) -> bytes:
     """The record's header. Its stream number is not in it: that is the prefix's."""
-    return msgpack.packb(_plain(record))
+    header: bytes = msgpack.packb(_plain(record))
+    return header
 
 
 def _plain(value: Any) -> Any:
-    if is_dataclass(value):
-        return {name: _plain(getattr(value, name)) for name in _header_fields(type(value))}
+    if type(value) in _HEADER_FIELDS:
+        return {name: _plain(getattr(value, name)) for name in _HEADER_FIELDS[type(value)]}
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     return value
@@ -456,7 +460,7 @@ def decode(type_: int, stream: int, sequence: int, header: Buffer) -> Record:
     """
     where = name_of(type_, sequence)
     cls = _CLASSES[type_]
-    streamed = cls.type in STREAMED
+    streamed = issubclass(cls, Streamed)
     if streamed != (stream != 0):
         raise StreamError(where, f"can't be on stream {stream}")
     try:
@@ -491,13 +495,8 @@ def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     return made
 
 
-@cache
-def _header_fields(cls: type[Any]) -> tuple[str, ...]:
-    return tuple(known.name for known in fields(cls) if not known.metadata.get("prefix"))
-
-
 def _expect(cls: type[Any], values: Any) -> None:
-    wanted = _header_fields(cls)
+    wanted = _HEADER_FIELDS[cls]
     if type(values) is not dict or set(values) != set(wanted):
         raise ValueError(f"it is not a map of just {', '.join(wanted) or 'nothing'}")
 

@@ -297,19 +297,15 @@ class _Contents:
         entry, device = self._device(record.stream)
         if entry.pci is not None and not device.pci:
             raise ValueError(f"comes before the PCI config space of {entry.name}")
-        if record.pos == 0 and not device.config_size:
-            if record.size > limits.MAX_CONFIG:
-                raise ValueError(f"announces {record.size} bytes of config (the limit is {limits.MAX_CONFIG})")
-            device.config_size = record.size
-        if (
-            record.size != device.config_size
-            or record.pos != device.config_pos
-            or content_size > record.size - record.pos
-        ):
+        if record.size > limits.MAX_CONFIG:
+            raise ValueError(f"announces {record.size} bytes of config (the limit is {limits.MAX_CONFIG})")
+        size = device.config_size or record.size
+        if record.size != size or record.pos != device.config_pos or content_size > record.size - record.pos:
             raise ValueError(
                 f"has {content_size} bytes at {record.pos} of {record.size}, where byte {device.config_pos} "
-                f"of {device.config_size} is next"
+                f"of {size} is next"
             )
+        device.config_size = size
         device.config_pos += content_size
         self.content += content_size
 
@@ -335,7 +331,10 @@ class _Session:
         self._receives = receives
         self._sent = 0
         self._received = 0
+        self._hello: Hello | None = None
         self._contents: _Contents | None = None
+        self._limit = 0
+        """Bytes of frames that the target's credit covers altogether."""
         self._seed = 0
         """Of the checks of every frame but the first of a direction, known once the HELLO has passed."""
         self.chunk = limits.MIN_CHUNK
@@ -370,12 +369,10 @@ class _Session:
             raise StreamError(where, "is not part of this format")
         if parsed.header_size > limits.MAX_HEADER and parsed.type != records.RecordType.HELLO:
             raise StreamError(where, f"has a header of {parsed.header_size} bytes (the limit is {limits.MAX_HEADER})")
-        if parsed.flags == framing.FLAG_ZSTD and "zstd" not in self.features:
-            raise StreamError(where, "is compressed, and the ends did not agree on that")
-        least, most = records.CONTENT.get(records.RecordType(parsed.type), (0, 0))
-        most = min(most, self.chunk)
-        if not least <= parsed.content_size <= most:
-            raise StreamError(where, f"has {parsed.content_size} bytes of content, not {least} to {most}")
+        try:
+            self._check_content(records.RecordType(parsed.type), parsed.flags, parsed.content_size)
+        except ValueError as error:
+            raise StreamError(where, str(error)) from error
         return parsed
 
     def check(self, prefix: Prefix, header: Buffer, payload: Sequence[Buffer]) -> None:
@@ -385,6 +382,15 @@ class _Session:
         seed = self._seed if self._received else 0
         framing.check_body(prefix, header, payload, seed, records.name_of(prefix.type, prefix.sequence))
 
+    def _check_content(self, type_: records.RecordType, flags: int, content_size: int) -> None:
+        """Raise ValueError for content that no record of this type has, or that was not agreed on."""
+        if flags == framing.FLAG_ZSTD and "zstd" not in self.features:
+            raise ValueError("is compressed, and the ends did not agree on that")
+        least, most = records.CONTENT.get(type_, (0, 0))
+        most = min(most, self.chunk)
+        if not least <= content_size <= most:
+            raise ValueError(f"has {content_size} bytes of content, not {least} to {most}")
+
     def _accept(self, prefix: Prefix, header: Buffer, bitmap: Buffer | None) -> Record:
         """Decode and check a frame whose body check has passed."""
         record = records.decode(prefix.type, prefix.stream, prefix.sequence, header)
@@ -392,41 +398,68 @@ class _Session:
         step = _step(record)
         if step not in self._receives or (self.phase, step) not in self._table:
             raise StreamError(where, f"must not come now (the migration is in phase {self.phase.name})")
-        if isinstance(record, Hello | Welcome):
-            self._greet(record, where)
-        if self._contents is not None:
-            try:
+        try:
+            self._settle(record)
+            if self._contents is not None:
                 self._contents.take(record, prefix.content_size, bitmap)
-            except ValueError as error:
-                raise StreamError(where, str(error)) from error
+        except ValueError as error:
+            raise StreamError(where, str(error)) from error
         self._move(step)
         self._received += 1
         log.debug("in  %s %s, %d bytes", where, record, prefix.frame_size)
         return record
 
-    def _greet(self, record: Hello | Welcome, where: str) -> None:
-        """Take what the peer's greeting settles."""
-        raise LocalProtocolError("a session is a SourceSession or a TargetSession")
+    def _settle(self, record: Record) -> None:
+        """Hold both ends to what one of them says: chunk, features, credit. Raises ValueError for what does not fit."""
+        match record:
+            case Hello():
+                self._hello = record
+                self._contents = _Contents(record)
+                self._seed = framing.session_seed(record.session)
+                self.features, self.chunk = record.features, record.chunk
+            case Welcome():
+                assert self._hello is not None
+                if record.session != self._hello.session:
+                    raise ValueError("is for another session")
+                if not set(record.features) <= set(self._hello.features):
+                    raise ValueError("agrees to features that were not asked for")
+                if record.chunk > self._hello.chunk:
+                    raise ValueError(f"has a chunk of {record.chunk} bytes, where {self._hello.chunk} were offered")
+                self.features, self.chunk, self._limit = record.features, record.chunk, record.credit
+            case Credit() | Ack():
+                if isinstance(record, Ack) and record.number != self.rounds:
+                    raise ValueError(f"is for round {record.number}, where round {self.rounds} is the last")
+                if record.limit < self._limit:
+                    raise ValueError(f"takes back credit: {record.limit} after {self._limit}")
+                self._limit = record.limit
+            case _:
+                pass
 
-    def _emit(
-        self, record: Record, payload: Buffer, flags: int, content_size: int, bitmap: Buffer | None
-    ) -> tuple[bytes, Buffer]:
+    def _check_phase(self, record: Record) -> None:
+        """Raise LocalProtocolError for a record that this end must not send now."""
         step = _step(record)
         if step not in self._sends or (self.phase, step) not in self._table:
             raise LocalProtocolError(f"{record.type.name} must not be sent in phase {self.phase.name}")
-        if self._contents is not None:
-            try:
+
+    def _emit(
+        self, record: Record, header: bytes, payload: Buffer, flags: int, content_size: int, bitmap: Buffer | None
+    ) -> tuple[bytes, Buffer]:
+        """Make the next frame, of a record that may be sent now."""
+        try:
+            self._check_content(record.type, flags, content_size)
+            self._settle(record)
+            if self._contents is not None:
                 self._contents.take(record, content_size, bitmap)
-            except ValueError as error:
-                raise LocalProtocolError(f"{record.type.name} {error}") from error
-        self._move(step)
+        except ValueError as error:
+            raise LocalProtocolError(f"{record.type.name} {error}") from error
+        self._move(_step(record))
         self._sent += 1
-        stream = record.stream if record.type in records.STREAMED else 0  # type: ignore[union-attr]
+        stream = record.stream if isinstance(record, records.Streamed) else 0
         head, payload = framing.pack_frame(
             record.type,
             stream,
             self._sent,
-            records.encode(record),
+            header,
             payload,
             flags,
             content_size,
@@ -450,11 +483,8 @@ class SourceSession(_Session):
 
     def __init__(self, hello: Hello, *, answers: bool) -> None:
         super().__init__(LIVE if answers else STORED, _SOURCE_STEPS, TARGET_STEPS | {Step.ABORT})
-        self._hello = hello
+        self._offer = hello
         self._answers = answers
-        self.chunk = hello.chunk
-        self.features = hello.features
-        self._limit = 0
         self._spent = 0
 
     def send(
@@ -469,18 +499,21 @@ class SourceSession(_Session):
         """Return the buffers of the next frame, to be sent in this order. ``payload`` is as the flags say, of
         ``content_size`` bytes of content (default: the payload is the content); ``bitmap`` is the content of a BITMAP.
         The payload stays the caller's and must not change until it is sent. Raises
-        :class:`~vfiostream.errors.LocalProtocolError` where the record must not be sent now, or exceeds the credit.
+        :class:`~vfiostream.errors.LocalProtocolError` where the record must not be sent now, or exceeds the credit; the
+        session is then as it was.
         """
+        self._check_phase(record)
+        if isinstance(record, Hello) and record != self._offer:
+            raise LocalProtocolError("HELLO is not the one that this session was made for")
+        header = records.encode(record)
+        cost = 0 if _step(record) in _FREE else framing.PREFIX_SIZE + len(header) + len(payload)
+        if cost and not self.affords(cost):
+            excess = self._spent + cost - self._limit
+            raise LocalProtocolError(f"{record.type.name} exceeds the credit that was given by {excess} bytes")
         size = len(payload) if content_size is None else content_size
-        head, payload = self._emit(record, payload, flags, size, bitmap)
-        if isinstance(record, Hello):
-            self._seed = framing.session_seed(record.session)
-            self._contents = _Contents(record)
-        elif _step(record) not in _FREE:
-            self._spent += len(head) + len(payload)
-            if self._answers and self._spent > self._limit:
-                raise LocalProtocolError(f"{record.type.name} exceeds the credit by {self._spent - self._limit} bytes")
-        return head, payload
+        frame = self._emit(record, header, payload, flags, size, bitmap)
+        self._spent += cost
+        return frame
 
     def affords(self, frame_size: int) -> bool:
         """Whether the target's credit covers a frame of ``frame_size`` bytes now."""
@@ -490,34 +523,7 @@ class SourceSession(_Session):
         """Take a frame from the target, whose prefix :meth:`parse` returned and whose body check has passed. Raises
         :class:`~vfiostream.errors.StreamError`.
         """
-        record = self._accept(prefix, header, None)
-        where = records.name_of(prefix.type, prefix.sequence)
-        match record:
-            case Welcome():
-                self._credit(record.credit, where)
-            case Credit():
-                self._credit(record.limit, where)
-            case Ack():
-                if record.number != self.rounds:
-                    raise StreamError(where, f"is for round {record.number}, round {self.rounds} was sent")
-                self._credit(record.limit, where)
-            case _:
-                pass
-        return record
-
-    def _greet(self, record: Hello | Welcome, where: str) -> None:
-        assert isinstance(record, Welcome)
-        if record.session != self._hello.session:
-            raise StreamError(where, "is for another session")
-        if not set(record.features) <= set(self._hello.features):
-            raise StreamError(where, "agrees to features that were not asked for")
-        self.features = record.features
-        self.chunk = min(self.chunk, record.chunk)
-
-    def _credit(self, limit: int, where: str) -> None:
-        if limit < self._limit:
-            raise StreamError(where, f"takes back credit: {limit} after {self._limit}")
-        self._limit = limit
+        return self._accept(prefix, header, None)
 
 
 _FREE = frozenset({Step.HELLO, Step.COMMIT, Step.ABORT})
@@ -534,7 +540,6 @@ class TargetSession(_Session):
         super().__init__(LIVE if answers else STORED, TARGET_STEPS | {Step.ABORT}, _SOURCE_STEPS)
         self._answers = answers
         self._most = chunk
-        self._limit = 0
         self.spent = 0
         """Bytes of frames that count against the credit and have come."""
 
@@ -552,31 +557,18 @@ class TargetSession(_Session):
 
     def send(self, record: Record) -> tuple[bytes, Buffer]:
         """Return the buffers of the next frame to the source. Raises
-        :class:`~vfiostream.errors.LocalProtocolError` where it must not be sent now.
+        :class:`~vfiostream.errors.LocalProtocolError` where it must not be sent now, or does not fit what was said
+        before; the session is then as it was.
         """
-        match record:
-            case Welcome():
-                self._limit = record.credit
-                self.features = record.features
-                self.chunk = record.chunk
-            case Credit() | Ack():
-                if record.limit < self._limit:
-                    raise LocalProtocolError(f"{record.type.name} takes back credit")
-                self._limit = record.limit
-            case _:
-                pass
-        return self._emit(record, b"", 0, 0, None)
+        self._check_phase(record)
+        return self._emit(record, records.encode(record), b"", 0, 0, None)
 
-    def _greet(self, record: Hello | Welcome, where: str) -> None:
-        assert isinstance(record, Hello)
-        self._seed = framing.session_seed(record.session)
-        self._contents = _Contents(record)
-        if not self._answers:
+    def _settle(self, record: Record) -> None:
+        if isinstance(record, Hello) and not self._answers:
             unknown = set(record.features) - set(records.FEATURES)
             if unknown:
-                raise StreamError(where, f"uses features that this side does not know: {', '.join(sorted(unknown))}")
-            if record.chunk > self._most:
-                raise StreamError(
-                    where, f"has chunks of {record.chunk} bytes, more than the {self._most} there is room for"
-                )
-            self.features, self.chunk = record.features, record.chunk
+                raise ValueError(f"uses features that this side does not know: {', '.join(sorted(unknown))}")
+        # Over a link the WELCOME can still bring the chunk down, in a file the HELLO's holds.
+        if isinstance(record, Welcome if self._answers else Hello) and record.chunk > self._most:
+            raise ValueError(f"has chunks of {record.chunk} bytes, more than the {self._most} there is room for")
+        super()._settle(record)

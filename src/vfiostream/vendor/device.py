@@ -323,11 +323,10 @@ class ReferenceDevice:
         if state is not self.state:
             self._take_time(self.settings.state_time)
         with self._lock:
-            if not state.logging:
-                self._end_session()
-            elif not self.state.logging:
-                self._guest.clear_dirty()
+            if state.logging:
                 self.workload.logging_guest = self.settings.dirty_tracking
+            else:
+                self._end_session()
             logger.debug("device state %s -> %s", self.state.name, state.name)
             self.state = state
             self.workload.run(state.running)

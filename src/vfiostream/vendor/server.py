@@ -32,6 +32,8 @@ logger = logging.getLogger("vfiostream.vendor")
 
 MAX_TRANSFER = 1024 * 1024
 """Largest read or write of a region, in bytes; the client is told."""
+BACKLOG = 16
+"""Clients that may wait for their turn; a non-blocking connect of one more fails."""
 EXIT_STATUS = 3
 """With which a fault of the kind ``exit`` ends the process."""
 
@@ -348,7 +350,7 @@ def _listen(path: str) -> socket.socket:
         _remove_stale(path)
         listener.bind(path)
         os.chmod(path, 0o600)  # whoever connects has the device
-        listener.listen(1)
+        listener.listen(BACKLOG)
     except UsageError:
         listener.close()
         raise

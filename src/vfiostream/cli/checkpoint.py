@@ -1,0 +1,167 @@
+"""``save``, ``restore``, ``inspect`` and ``verify``: checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vfiostream import checkpoint, transports
+from vfiostream.checkpoint import Contents
+from vfiostream.cli import options
+from vfiostream.cli.describe import description_document, description_lines
+from vfiostream.cli.exits import Exit
+from vfiostream.cli.report import Result
+from vfiostream.cli.run import Output, Run, carry_out
+from vfiostream.cli.summary import moved
+from vfiostream.cli.values import option_type, parse_file_address, show_size
+from vfiostream.devices import open_device
+from vfiostream.devices.four_region import Order
+from vfiostream.guest import Guest
+from vfiostream.pipeline.describe import described
+from vfiostream.pipeline.settings import Settings
+from vfiostream.policy import Precopy
+
+_file = click.argument("file", type=option_type(parse_file_address))
+
+
+@click.command
+@click.argument("device")
+@_file
+@options.guest_memory
+@options.policy
+@options.settings("max_bandwidth", "chunk", "budget", compression=checkpoint.SAVE_SETTINGS.compression)
+@options.order
+@options.device_timeout
+@click.option("--force", is_flag=True, help="Replace a file that exists, once the new one is whole.")
+@options.progress
+def save(
+    device: str,
+    file: str,
+    memory: options.GuestFiles,
+    policy: Precopy,
+    settings: Settings,
+    order: Order,
+    device_timeout: float,
+    force: bool,
+    output: Output,
+) -> Exit:
+    """Write a checkpoint of DEVICE, which runs on.
+
+    DEVICE is vfio-user:SOCKET and FILE is file:PATH. The device is stopped only while the last of its state is
+    read. The file has its name only when it is whole and durable.
+    """
+
+    async def work(run: Run) -> None:
+        run.follow()
+        with Guest.open(memory) as guest:
+            async with await open_device(device, order=order, timeout=device_timeout) as opened:
+                async with await transports.connect(file, replace=force) as writer:
+                    run.result = moved(
+                        await checkpoint.save(
+                            opened, writer, guest=guest, policy=policy, settings=settings, progress=run.progress
+                        )
+                    )
+
+    return carry_out(work, output, cancelled="the device runs, and no file was made", has_source=True)
+
+
+@click.command
+@_file
+@click.argument("device")
+@options.guest_memory
+@options.settings("budget")
+@options.device_timeout
+@options.progress
+def restore(
+    file: str,
+    device: str,
+    memory: options.GuestFiles,
+    settings: Settings,
+    device_timeout: float,
+    output: Output,
+) -> Exit:
+    """Load a checkpoint into DEVICE, and let it run.
+
+    FILE is file:PATH and DEVICE is vfio-user:SOCKET. The guest memory must have the ranges of the checkpoint.
+    The device runs only when the whole file has been loaded and checked.
+    """
+
+    async def work(run: Run) -> None:
+        run.follow()
+        with Guest.open(memory) as guest:
+            async with await open_device(device, timeout=device_timeout) as opened:
+                async with await transports.listen(file) as listener, await listener.accept() as reader:
+                    run.result = moved(
+                        await checkpoint.restore(reader, opened, guest=guest, settings=settings, progress=run.progress)
+                    )
+
+    return carry_out(work, output, cancelled="not all was loaded, so the device does not run what came")
+
+
+@click.command
+@_file
+@options.answers
+def inspect(file: str, output: Output) -> Exit:
+    """Say what is in a checkpoint, without checking all of it.
+
+    FILE is file:PATH. Its content is not read: `vfiostream verify` does that. Exit code 4 where the file is no
+    checkpoint, or not a complete one.
+    """
+
+    async def work(run: Run) -> None:
+        found = await checkpoint.inspect(Path(file.removeprefix("file:")))
+        status = "complete" if found.complete else "incomplete"
+        run.result = Result(
+            _document(status, found), _lines(file, status, found), Exit.DONE if found.complete else Exit.DAMAGED
+        )
+
+    return carry_out(work, output, cancelled="nothing was changed")
+
+
+@click.command
+@_file
+@options.answers
+def verify(file: str, output: Output) -> Exit:
+    """Check every byte of a checkpoint.
+
+    FILE is file:PATH. Exit code 4 where anything in it is wrong, with the first record that is.
+    """
+
+    async def work(run: Run) -> None:
+        async with await transports.listen(file) as listener, await listener.accept() as reader:
+            found = await checkpoint.verify(reader)
+        run.result = Result(_document("verified", found), _lines(file, "verified", found))
+
+    return carry_out(work, output, cancelled="nothing was changed")
+
+
+def _document(status: str, found: Contents) -> dict[str, Any]:
+    return {
+        "status": status,
+        "software": found.hello.software,
+        "devices": [description_document(entry.name, described(entry)) for entry in found.hello.devices],
+        "guest_memory": [{"address": area.address, "length": area.length} for area in found.hello.ranges],
+        "rounds": found.rounds,
+        "records": found.frames,
+        "file_size": found.size,
+        "bytes": found.content,
+        "memory": found.memory,
+        "pages": found.pages,
+        "config": found.config,
+    }
+
+
+def _lines(file: str, status: str, found: Contents) -> list[str]:
+    lines = [f"{file}: {status}, written by {found.hello.software}"]
+    for entry in found.hello.devices:
+        lines += description_lines(entry.name, described(entry))
+    lines += [f"guest memory   {area.address:#x}, {show_size(area.length)}" for area in found.hello.ranges]
+    return [
+        *lines,
+        f"rounds         {found.rounds}, {found.frames} records",
+        f"file           {show_size(found.size)}",
+        f"content        {show_size(found.content)}: device memory {show_size(found.memory)}, "
+        f"guest memory {show_size(found.pages)}, config {show_size(found.config)}",
+    ]

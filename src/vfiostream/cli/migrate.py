@@ -1,0 +1,94 @@
+"""``send`` and ``receive``: live migration."""
+
+from __future__ import annotations
+
+import click
+
+from vfiostream import migrate, transports
+from vfiostream.cli import options
+from vfiostream.cli.exits import Exit
+from vfiostream.cli.run import Output, Run, carry_out
+from vfiostream.cli.summary import moved
+from vfiostream.cli.values import option_type, parse_link_address
+from vfiostream.devices import open_device
+from vfiostream.devices.four_region import Order
+from vfiostream.guest import Guest
+from vfiostream.pipeline.settings import Settings
+from vfiostream.policy import Precopy
+
+
+@click.command
+@click.argument("device")
+@click.argument("destination", type=option_type(parse_link_address))
+@options.guest_memory
+@options.policy
+@options.settings("max_bandwidth", "chunk", "budget", "patience", compression=0)
+@options.order
+@options.device_timeout
+@options.progress
+def send(
+    device: str,
+    destination: str,
+    memory: options.GuestFiles,
+    policy: Precopy,
+    settings: Settings,
+    order: Order,
+    device_timeout: float,
+    output: Output,
+) -> Exit:
+    """Move DEVICE to whoever receives at DESTINATION.
+
+    DEVICE is vfio-user:SOCKET, and DESTINATION the tcp:HOST:PORT or unix:PATH at which `vfiostream receive`
+    waits. The device runs on here until the target has loaded and checked everything; when this fails, it goes
+    on running here.
+    """
+
+    async def work(run: Run) -> None:
+        run.follow()
+        with Guest.open(memory) as guest:
+            async with await open_device(device, order=order, timeout=device_timeout) as opened:
+                async with await transports.connect(destination) as link:
+                    run.result = moved(
+                        await migrate.send(
+                            opened, link, guest=guest, policy=policy, settings=settings, progress=run.progress
+                        )
+                    )
+
+    return carry_out(work, output, cancelled="the source runs", has_source=True)
+
+
+@click.command
+@click.argument("source", type=option_type(parse_link_address))
+@click.argument("device")
+@options.guest_memory
+@options.settings("chunk", "budget", "patience")
+@options.device_timeout
+@options.progress
+def receive(
+    source: str,
+    device: str,
+    memory: options.GuestFiles,
+    settings: Settings,
+    device_timeout: float,
+    output: Output,
+) -> Exit:
+    """Take the device that is sent to SOURCE into DEVICE, and let it run.
+
+    SOURCE is the tcp:HOST:PORT or unix:PATH to listen at; with port 0 the system chooses one, and it is
+    printed. DEVICE is vfio-user:SOCKET. One sender is served. Whoever can connect can send: there is no
+    authentication.
+    """
+
+    async def work(run: Run) -> None:
+        with Guest.open(memory) as guest:
+            async with await open_device(device, timeout=device_timeout) as opened:
+                async with await transports.listen(source) as listener:
+                    run.report.listening(listener.address)
+                    link = await listener.accept()
+                async with link:
+                    run.follow()
+                    run.result = moved(
+                        await migrate.receive(opened, link, guest=guest, settings=settings, progress=run.progress)
+                    )
+
+    return carry_out(work, output, cancelled="nothing was committed, so the target does not run what came")

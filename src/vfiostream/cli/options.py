@@ -1,0 +1,186 @@
+"""Options that several commands share. Each decorator adds them, and gives the command one value made of them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vfiostream.cli.run import Output
+from vfiostream.cli.values import (
+    option_size,
+    option_time,
+    option_type,
+    parse_guest_memory,
+    parse_rate,
+    parse_size,
+    parse_time,
+)
+from vfiostream.pipeline.settings import Settings
+from vfiostream.policy import Precopy
+
+Command = Callable[..., Any]
+Decorator = Callable[[Command], Command]
+
+_DEFAULTS = Settings()
+_POLICY = Precopy()
+
+
+def _size(name: str, parameter: str, default: int, text: str) -> Decorator:
+    return click.option(
+        name, parameter, type=option_type(parse_size), metavar="SIZE", default=option_size(default), show_default=True,
+        help=text,
+    )  # fmt: skip
+
+
+def _time(name: str, parameter: str, default: float | None, text: str) -> Decorator:
+    return click.option(
+        name, parameter, type=option_type(parse_time), metavar="TIME", show_default=default is not None, help=text,
+        default=None if default is None else option_time(default),
+    )  # fmt: skip
+
+
+def diagnostics(command: Command) -> Command:
+    """``--traceback`` and ``--verbose``, as ``output``."""
+
+    @click.option("--traceback", is_flag=True, help="Print where in the program an error came from.")
+    @click.option("-v", "--verbose", is_flag=True, help="Log each device access and record to standard error.")
+    @functools.wraps(command)
+    def wrapped(*, traceback: bool, verbose: bool, **rest: Any) -> Any:
+        return command(output=Output(traceback=traceback, verbose=verbose), **rest)
+
+    return wrapped
+
+
+def answers(command: Command) -> Command:
+    """``--json`` and :func:`diagnostics`, as ``output``."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line on standard output.")
+    @diagnostics
+    @functools.wraps(command)
+    def wrapped(*, as_json: bool, output: Output, **rest: Any) -> Any:
+        return command(output=Output(as_json, False, output.traceback, output.verbose), **rest)
+
+    return wrapped
+
+
+def progress(command: Command) -> Command:
+    """``--quiet`` and :func:`answers`, as ``output``."""
+
+    @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+    @answers
+    @functools.wraps(command)
+    def wrapped(*, quiet: bool, output: Output, **rest: Any) -> Any:
+        if quiet and output.as_json:
+            raise click.UsageError("--quiet and --json contradict each other: use one of them")
+        return command(output=Output(output.as_json, quiet, output.traceback, output.verbose), **rest)
+
+    return wrapped
+
+
+def guest_memory(command: Command) -> Command:
+    """``--guest-memory``, as ``memory``: pairs of guest physical address and file."""
+    option = click.option(
+        "--guest-memory",
+        "memory",
+        type=option_type(parse_guest_memory),
+        metavar="GPA=FILE",
+        multiple=True,
+        help="A file that holds guest memory from guest physical address GPA on, all of it. May be repeated.",
+    )
+    return option(command)
+
+
+def policy(command: Command) -> Command:
+    """When to switch over, as ``policy``."""
+
+    @_time(
+        "--downtime-limit",
+        "downtime_limit",
+        _POLICY.downtime_limit,
+        "Switch over when the rest can be sent in this time.",
+    )
+    @click.option(
+        "--max-rounds", type=click.IntRange(min=1), metavar="N", default=_POLICY.max_rounds, show_default=True,
+        help="Most rounds with the source running.",
+    )  # fmt: skip
+    @_time("--max-time", "max_time", _POLICY.max_time, "Most time with the source running.  [default: no limit]")
+    @click.option(
+        "--if-not-converged",
+        "otherwise",
+        type=click.Choice(["continue", "stop", "give-up"]),
+        default=_POLICY.otherwise,
+        show_default=True,
+        help="After these rounds or this time: go on, stop and copy the rest, or give up with the source running.",
+    )
+    @functools.wraps(command)
+    def wrapped(*, downtime_limit: float, max_rounds: int, max_time: float | None, otherwise: Any, **rest: Any) -> Any:
+        return command(policy=Precopy(downtime_limit, max_rounds, max_time, otherwise), **rest)
+
+    return wrapped
+
+
+_SETTINGS: dict[str, Decorator] = {
+    "chunk": _size("--chunk", "chunk", _DEFAULTS.chunk, "Most content of one frame; the smaller of both ends holds."),
+    "budget": _size("--budget", "budget", _DEFAULTS.budget, "Most memory for buffers at this end."),
+    "max_bandwidth": click.option(
+        "--max-bandwidth", type=option_type(parse_rate), metavar="RATE",
+        help="Most bytes a second on the link or into the file.  [default: no limit]",
+    ),
+    "patience": _time(
+        "--switchover-timeout", "patience", _DEFAULTS.patience,
+        "How long the other end may show no progress at the start, and while the source is stopped.",
+    ),
+}  # fmt: skip
+
+
+def _compression(level: int) -> Decorator:
+    return click.option(
+        "--compress", "compression", type=click.IntRange(0, 19), metavar="LEVEL", default=level, show_default=True,
+        help="zstd level, 1 to 19; 0 for none.",
+    )  # fmt: skip
+
+
+def settings(*names: str, compression: int | None = None) -> Decorator:
+    """The settings of ``names``, and ``--compress`` where it has a default here (``compression``), as ``settings``."""
+
+    def decorate(command: Command) -> Command:
+        chosen = names if compression is None else (*names, "compression")
+
+        @functools.wraps(command)
+        def made_of(**values: Any) -> Any:
+            made = Settings(**{name: values.pop(name) for name in chosen})
+            return command(settings=made, **values)
+
+        add = [_SETTINGS[name] for name in names]
+        if compression is not None:
+            add.append(_compression(compression))
+        wrapped: Command = made_of
+        for option in reversed(add):
+            wrapped = option(wrapped)
+        return wrapped
+
+    return decorate
+
+
+def device_timeout(command: Command) -> Command:
+    """``--device-timeout``, in seconds."""
+    return _time("--device-timeout", "device_timeout", 60.0, "How long a device may take for one operation.")(command)
+
+
+def order(command: Command) -> Command:
+    """``--order``: of a session with the source's driver."""
+    option = click.option(
+        "--order",
+        type=click.Choice(["session", "posted"]),
+        default="session",
+        show_default=True,
+        help="When the source's driver is told to track changes: at once, or after the first capture.",
+    )
+    return option(command)
+
+
+GuestFiles = tuple[tuple[int, Path], ...]

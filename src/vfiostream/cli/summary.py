@@ -1,0 +1,46 @@
+"""The result of a migration, a save or a restore, for programs and for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vfiostream.cli.report import Result
+from vfiostream.cli.values import show_rate, show_size, show_time
+from vfiostream.pipeline.progress import Summary
+
+
+def moved(summary: Summary) -> Result:
+    """The result that ``summary`` tells of."""
+    return Result(document(summary), lines(summary))
+
+
+def document(summary: Summary) -> dict[str, Any]:
+    """The fields of a summary, as ``docs/command-line.md`` lists them."""
+    downtime = summary.downtime
+    return {
+        "status": "done",
+        "rounds": summary.rounds,
+        "bytes": summary.content,
+        "transferred": summary.transferred,
+        "total_seconds": summary.seconds,
+        "downtime_seconds": None if downtime is None else downtime.total,
+        "downtime": None if downtime is None else downtime._asdict(),
+        "throughput": summary.throughput,
+        "peak_buffers": summary.peak_buffers,
+        "warnings": list(summary.warnings),
+    }
+
+
+def lines(summary: Summary) -> list[str]:
+    """The same for people."""
+    found = [
+        f"done in {show_time(summary.seconds)}, {summary.rounds} rounds",
+        f"content      {show_size(summary.content)}, {show_rate(summary.throughput)}",
+        f"transferred  {show_size(summary.transferred)}",
+    ]
+    if summary.downtime is not None:
+        phases = ", ".join(f"{name} {show_time(seconds)}" for name, seconds in summary.downtime._asdict().items())
+        found.append(f"downtime     {show_time(summary.downtime.total)}: {phases}")
+    found.append(f"buffers      {show_size(summary.peak_buffers)} at most")
+    found += [f"warning      {warning}" for warning in summary.warnings]
+    return found

@@ -1,0 +1,92 @@
+"""The precopy policy and its estimate: pure functions of what the rounds showed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vfiostream.errors import UsageError
+from vfiostream.policy import Precopy, RoundReport, Verdict
+
+MIB = 1024 * 1024
+
+
+def report(
+    number: int = 2,
+    content: int = 100 * MIB,
+    total: int = 1024 * MIB,
+    collected: float = 10.0,
+    ended: float = 11.0,
+    previous: float | None = 8.0,
+) -> RoundReport:
+    return RoundReport(number, content, total, collected, ended, previous)
+
+
+def test_the_estimate() -> None:
+    seen = report()  # 100 MiB became dirty in 2 s; sending them took 1 s.
+    assert seen.throughput == 100 * MIB
+    assert seen.dirty_rate == 50 * MIB
+    assert seen.pending == 50 * MIB
+    assert seen.expected_downtime == pytest.approx(0.5)
+
+
+def test_the_first_round_knows_no_dirty_rate() -> None:
+    seen = report(number=1, content=1024 * MIB, previous=None)
+    assert seen.dirty_rate is None
+    assert seen.pending == seen.total
+    assert seen.expected_downtime == pytest.approx(1.0)
+
+
+def test_never_more_is_pending_than_there_is() -> None:
+    assert report(content=1000 * MIB, ended=100.0).pending == 1024 * MIB
+
+
+def test_nothing_dirty_is_no_downtime() -> None:
+    assert report(content=0).expected_downtime == 0.0
+    assert report(number=1, content=0, total=0, previous=None).expected_downtime == 0.0
+
+
+def test_nothing_known_is_for_ever() -> None:
+    assert report(number=1, content=0, total=5, previous=None).expected_downtime == math.inf
+
+
+@given(
+    st.integers(0, 1 << 50), st.integers(0, 1 << 50), st.floats(0, 1e6), st.floats(0, 1e6), st.none() | st.floats(0, 1e6)
+)
+def test_an_estimate_is_always_a_number(content: int, total: int, collected: float, took: float, ago: float | None) -> None:
+    previous = None if ago is None else collected - ago
+    seen = RoundReport(3, content, total, collected, collected + took, previous)
+    assert 0 <= seen.pending <= total
+    assert seen.expected_downtime >= 0
+
+
+def test_it_stops_the_source_when_the_rest_fits() -> None:
+    assert Precopy(downtime_limit=0.5).judge(report()) is Verdict.SWITCHOVER
+    assert Precopy(downtime_limit=0.49).judge(report()) is Verdict.CONTINUE
+
+
+@pytest.mark.parametrize(
+    ("otherwise", "verdict"),
+    [("continue", Verdict.CONTINUE), ("stop", Verdict.SWITCHOVER), ("give-up", Verdict.GIVE_UP)],
+)
+def test_what_does_not_converge(otherwise: str, verdict: Verdict) -> None:
+    rounds = Precopy(downtime_limit=0.1, max_rounds=2, otherwise=otherwise)  # type: ignore[arg-type]
+    assert rounds.judge(report(number=1)) is Verdict.CONTINUE
+    assert rounds.judge(report(number=2)) is verdict
+    time = Precopy(downtime_limit=0.1, max_time=11.0, otherwise=otherwise)  # type: ignore[arg-type]
+    assert time.judge(report(ended=10.9)) is Verdict.CONTINUE
+    assert time.judge(report()) is verdict
+    assert (time.give_up_after == 11.0) is (otherwise == "give-up")
+
+
+def test_the_default_is_qemus() -> None:
+    assert Precopy().downtime_limit == 0.3
+
+
+@pytest.mark.parametrize("wrong", [{"downtime_limit": -1}, {"downtime_limit": math.nan}, {"max_rounds": 0}, {"max_time": 0}])
+def test_nonsense_is_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(UsageError):
+        Precopy(**wrong)  # type: ignore[arg-type]
