@@ -1,7 +1,7 @@
 """What every access must do. A test module subclasses :class:`AccessContract` and gives it a device.
 
-Needed of the device: three regions of memory that nothing else changes (``plain`` without mmap, ``whole`` that can be
-mapped from end to end, ``sparse`` of which only parts can), and a way to make it read and write guest memory.
+Needed of the device: regions of memory that nothing else changes, one that can't be mapped, and a way to make it read
+and write guest memory. A device with a choice of mmap (whole, sparse, none) is given once for each.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ IOVA = 0x10_0000_0000
 
 
 class Subject(ABC):
-    """A device under test, open. What is not one of its regions is None, and the tests that need it are skipped."""
+    """A device under test, open. A region it does not have is None, and the tests that need it are skipped."""
 
     access: Access
-    plain: int
-    """Read and write, not mappable, at least 256 bytes."""
+    memory: int
+    """Read and write, at least 256 bytes; may be one of the next two."""
+    unmappable: int
+    """Readable; its content is left alone."""
     whole: int | None
     """Read and write, mappable from its first byte to its last, at least 128 KiB."""
     sparse: int | None
@@ -36,11 +38,11 @@ class Subject(ABC):
 
     @abstractmethod
     async def device_reads(self, iova: int, length: int) -> bytes:
-        """Make the device read guest memory. Raises what the access raises if it can't."""
+        """Make the device read guest memory; raises what the access raises. Calls ``pytest.skip`` if there is no way."""
 
     @abstractmethod
     async def device_writes(self, iova: int, data: bytes) -> None:
-        """Make the device write guest memory. Raises what the access raises if it can't."""
+        """Make the device write guest memory, as above."""
 
 
 def pattern(length: int, seed: int = 0) -> bytes:
@@ -93,10 +95,12 @@ class AccessContract:
             assert await subject.access.region_info(index) == info
 
     async def test_region_info_tells_what_can_be_mapped(self, subject: Subject) -> None:
-        plain = await subject.access.region_info(subject.plain)
-        assert plain.readable
-        assert plain.writable
-        assert plain.mappable == ()
+        memory = await subject.access.region_info(subject.memory)
+        assert memory.readable
+        assert memory.writable
+        unmappable = await subject.access.region_info(subject.unmappable)
+        assert unmappable.readable
+        assert unmappable.mappable == ()
         if subject.whole is not None:
             whole = await subject.access.region_info(subject.whole)
             assert whole.mappable == ((0, whole.size),)
@@ -108,7 +112,7 @@ class AccessContract:
     @pytest.mark.parametrize("length", [1, 2, 4, 8, 16, 255])
     @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
     async def test_what_was_written_is_read(self, subject: Subject, length: int, kind: type) -> None:
-        access, index = subject.access, subject.plain
+        access, index = subject.access, subject.memory
         before = await read(access, index, 0, 256)
         data = pattern(length, seed=length)
         await access.write(index, 1, kind(data))
@@ -116,16 +120,16 @@ class AccessContract:
         assert after == before[:1] + data + before[1 + length :]
 
     async def test_reading_touches_only_the_buffer_given(self, subject: Subject) -> None:
-        await subject.access.write(subject.plain, 8, pattern(16))
+        await subject.access.write(subject.memory, 8, pattern(16))
         buffer = bytearray(b"\xa5" * 48)
-        await subject.access.read_into(subject.plain, 8, memoryview(buffer)[16:32])
+        await subject.access.read_into(subject.memory, 8, memoryview(buffer)[16:32])
         assert buffer == b"\xa5" * 16 + pattern(16) + b"\xa5" * 16
 
     async def test_nothing_is_read_and_written_without_harm(self, subject: Subject) -> None:
-        before = await read(subject.access, subject.plain, 0, 256)
-        await subject.access.write(subject.plain, 0, b"")
-        await subject.access.read_into(subject.plain, 0, memoryview(bytearray()))
-        assert await read(subject.access, subject.plain, 0, 256) == before
+        before = await read(subject.access, subject.memory, 0, 256)
+        await subject.access.write(subject.memory, 0, b"")
+        await subject.access.read_into(subject.memory, 0, memoryview(bytearray()))
+        assert await read(subject.access, subject.memory, 0, 256) == before
 
     async def test_large_transfers_come_whole(self, subject: Subject) -> None:
         access, index = subject.access, need(subject.whole)
@@ -135,7 +139,7 @@ class AccessContract:
         assert await read(access, index, 5, size - 9) == data
 
     async def test_beyond_the_end_is_refused(self, subject: Subject) -> None:
-        access, index = subject.access, subject.plain
+        access, index = subject.access, subject.memory
         size = (await access.region_info(index)).size
         before = await read(access, index, size - 8, 8)
         with pytest.raises(DeviceRefused):
@@ -177,7 +181,7 @@ class AccessContract:
         assert all(one.view is other.view for one, other in zip(first, second, strict=True))
 
     async def test_what_cannot_be_mapped_has_no_areas(self, subject: Subject) -> None:
-        info = await subject.access.region_info(subject.plain)
+        info = await subject.access.region_info(subject.unmappable)
         assert list(await subject.access.map(info)) == []
 
     # ---- guest memory
@@ -230,20 +234,20 @@ class AccessContract:
         if not subject.access.info.can_reset:
             pytest.skip("the device can't be reset")
         await subject.access.reset()
-        await subject.access.write(subject.plain, 0, b"alive")
-        assert await read(subject.access, subject.plain, 0, 5) == b"alive"
+        await subject.access.write(subject.memory, 0, b"alive")
+        assert await read(subject.access, subject.memory, 0, 5) == b"alive"
 
     async def test_a_call_under_cancellation_raises_it(self, subject: Subject) -> None:
-        await subject.access.write(subject.plain, 0, b"before")
+        await subject.access.write(subject.memory, 0, b"before")
         with anyio.CancelScope() as scope:
             scope.cancel()
-            await subject.access.write(subject.plain, 0, b"under!")
+            await subject.access.write(subject.memory, 0, b"under!")
         assert scope.cancelled_caught
-        await subject.access.write(subject.plain, 0, b"after!")
-        assert await read(subject.access, subject.plain, 0, 6) == b"after!"
+        await subject.access.write(subject.memory, 0, b"after!")
+        assert await read(subject.access, subject.memory, 0, 6) == b"after!"
 
     async def test_a_cancelled_call_comes_before_the_next(self, subject: Subject) -> None:
-        access, index = subject.access, subject.plain
+        access, index = subject.access, subject.memory
         for seed in range(20):
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(access.write, index, 0, pattern(256, seed=seed))
@@ -254,7 +258,7 @@ class AccessContract:
             assert await read(access, index, 0, 256) == pattern(256, seed=seed + 100)
 
     async def test_several_tasks_each_get_their_own_answer(self, subject: Subject) -> None:
-        access, index = subject.access, subject.plain
+        access, index = subject.access, subject.memory
         await access.write(index, 0, pattern(256))
 
         async def look(offset: int) -> None:
@@ -274,9 +278,9 @@ class AccessContract:
     async def test_after_closing_the_device_is_lost(self, subject: Subject) -> None:
         await subject.access.aclose()
         with pytest.raises(DeviceLost):
-            await read(subject.access, subject.plain, 0, 4)
+            await read(subject.access, subject.memory, 0, 4)
         with pytest.raises(DeviceLost):
-            await subject.access.write(subject.plain, 0, b"late")
+            await subject.access.write(subject.memory, 0, b"late")
         with pytest.raises(DeviceLost):
             await subject.access.reset()
 

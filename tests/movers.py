@@ -44,7 +44,6 @@ class Machine:
         self.driver.read(0, 32, memoryview(out))
         return State(struct.unpack("<I", out)[0])
 
-
     async def open_again(self) -> None:
         """Open the device for another migration, as the next client would."""
         await self.device.aclose()
@@ -67,7 +66,9 @@ async def machine(
 
 
 @asynccontextmanager
-async def machines(source: DeviceSettings = SMALL, target: DeviceSettings | None = None) -> AsyncIterator[tuple[Machine, Machine]]:
+async def machines(
+    source: DeviceSettings = SMALL, target: DeviceSettings | None = None
+) -> AsyncIterator[tuple[Machine, Machine]]:
     """A source, and a target with other content that stands still."""
     if target is None:
         target = replace(source, dirty_rate=0, faults=())

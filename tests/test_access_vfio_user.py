@@ -333,7 +333,7 @@ def ring(peer: Peer, memory: mmap.mmap, data: bytes) -> int:
 
 
 class SmallDevice(Subject):
-    plain, whole, sparse = PLAIN, WHOLE, SPARSE
+    memory, unmappable, whole, sparse = PLAIN, PLAIN, WHOLE, SPARSE
 
     def __init__(self, access: Access) -> None:
         self.access = access

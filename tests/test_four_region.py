@@ -692,6 +692,13 @@ async def test_a_device_is_opened_by_its_address() -> None:
             assert device.description.interface == "four-region"
 
 
+async def test_a_device_that_takes_too_long() -> None:
+    with driver(faults=(Fault(Operation.SET_STATE, 1, "hang"),)) as one, served(one) as path:
+        async with await open_device(f"vfio-user:{path}", timeout=0.1) as device:
+            with pytest.raises(DeviceTimeout, match="0.1 s"):
+                await device.start_precopy()
+
+
 @pytest.mark.parametrize("address", ["", "vfio-user:", "pci:0000:00:02.0", "device.sock"])
 async def test_other_addresses_are_refused(address: str) -> None:
     with pytest.raises(UsageError):

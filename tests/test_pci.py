@@ -12,7 +12,7 @@ from vfiostream.devices.pci import MAX_CAPABILITIES, MAX_SIZE, MIN_SIZE, identit
 from vfiostream.errors import Incompatible
 
 
-def config(size: int = 256, **fields: bytes) -> bytes:
+def config(size: int = 256, /, **fields: bytes) -> bytes:
     """Config space of a network function with MSI at 0x50 (64 bit, maskable, 8 vectors) and MSI-X at 0x70; each of
     ``fields`` is put at the offset its name says (``at_04``).
     """
@@ -114,15 +114,15 @@ def test_what_is_no_config_space(size: int) -> None:
     [
         ({"at_00": b"\x87"}, "vendor 0x8087"),
         ({"at_02": b"\xcb"}, "device 0x10cb"),
-        ({"at_09": b"\x01"}, "class 0x20001"),
+        ({"at_09": b"\x01"}, "class 0x020001"),
         ({"at_0e": b"\x01"}, "header type 1"),
         ({"at_52": b"\x06\x01"}, "32 bit"),
         ({"at_52": b"\x86\x00"}, "not maskable"),
         ({"at_52": b"\x8a\x01"}, "32 vectors"),
         ({"at_72": b"\x08"}, "9 vectors"),
-        ({"at_41": b"\x70"}, "has MSI-X at 0x70 .10 vectors., here has"),
-        ({"at_51": b"\x00"}, "has MSI at 0x50 .64 bit, 8 vectors, maskable., here has"),
-        ({"at_34": b"\x00"}, "has none, here has"),
+        ({"at_41": b"\x70"}, "has MSI-X at 0x70 .10 vectors., here MSI at"),
+        ({"at_51": b"\x00"}, "has MSI at 0x50 .64 bit, 8 vectors, maskable., here MSI at"),
+        ({"at_34": b"\x00"}, "has none, here MSI at"),
         ({"at_41": b"\x90", "at_90": b"\x05\x70\x86\x01"}, "MSI at 0x90"),
     ],
 )

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from vfiostream.errors import UsageError
 from vfiostream.policy import Precopy, RoundReport, Verdict
@@ -54,9 +53,15 @@ def test_nothing_known_is_for_ever() -> None:
 
 
 @given(
-    st.integers(0, 1 << 50), st.integers(0, 1 << 50), st.floats(0, 1e6), st.floats(0, 1e6), st.none() | st.floats(0, 1e6)
+    st.integers(0, 1 << 50),
+    st.integers(0, 1 << 50),
+    st.floats(0, 1e6),
+    st.floats(0, 1e6),
+    st.none() | st.floats(0, 1e6),
 )
-def test_an_estimate_is_always_a_number(content: int, total: int, collected: float, took: float, ago: float | None) -> None:
+def test_an_estimate_is_always_a_number(
+    content: int, total: int, collected: float, took: float, ago: float | None
+) -> None:
     previous = None if ago is None else collected - ago
     seen = RoundReport(3, content, total, collected, collected + took, previous)
     assert 0 <= seen.pending <= total
@@ -86,7 +91,9 @@ def test_the_default_is_qemus() -> None:
     assert Precopy().downtime_limit == 0.3
 
 
-@pytest.mark.parametrize("wrong", [{"downtime_limit": -1}, {"downtime_limit": math.nan}, {"max_rounds": 0}, {"max_time": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"downtime_limit": -1}, {"downtime_limit": math.nan}, {"max_rounds": 0}, {"max_time": 0}]
+)
 def test_nonsense_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(UsageError):
         Precopy(**wrong)  # type: ignore[arg-type]

@@ -159,7 +159,7 @@ def test_a_receiver_written_from_the_document_reads_the_answers() -> None:
     assert [kind for kind, _ in kinds] == [2, 13, 14, 14, 14]
     assert [values["of"] for kind, values in kinds if kind == 14] == ["round", "loaded", "running"]
     assert kinds[0][1]["credit"] >= kinds[0][1]["chunk"] + 65536
-    limits = [values.get("limit", values.get("credit")) for _, values in kinds]
+    limits: list[int] = [values["credit" if kind == 2 else "limit"] for kind, values in kinds]
     assert all(before <= after for before, after in pairwise(limits))
     [(kind, stream, values, content)] = read_frames(golden("abort.hex"))
     assert (kind, stream, content) == (16, 0, b"")

@@ -9,12 +9,17 @@ from vfiostream.cli.values import show_size
 from vfiostream.devices.contract import DeviceDescription
 
 
-def description_document(name: str, device: DeviceDescription) -> dict[str, Any]:
-    """The fields of a device, as ``docs/command-line.md`` lists them."""
-    return {"name": name, **asdict(device)}
+def description_document(name: str, device: DeviceDescription, *, stored: bool = False) -> dict[str, Any]:
+    """The fields of a device, as ``docs/command-line.md`` lists them. A checkpoint (``stored``) does not tell how much
+    config its device took.
+    """
+    document = {"name": name, **asdict(device)}
+    if stored:
+        document["config_limit"] = None
+    return document
 
 
-def description_lines(name: str, device: DeviceDescription) -> list[str]:
+def description_lines(name: str, device: DeviceDescription, *, stored: bool = False) -> list[str]:
     """The same for people."""
     pci = device.pci
     identity = (
@@ -23,13 +28,14 @@ def description_lines(name: str, device: DeviceDescription) -> list[str]:
         else f"{pci.vendor:04x}:{pci.device:04x}, subsystem {pci.subsystem_vendor:04x}:{pci.subsystem:04x}, "
         f"class {pci.class_code:06x}, revision {pci.revision:02x}"
     )
+    limit = "" if stored else f", of {show_size(device.config_limit)} that it takes"
     return [
         f"device         {name}",
         f"  interface    {device.interface}",
         f"  version      {device.version if device.version is not None else 'none'}",
         f"  pci          {identity}",
         f"  has          {_has(device)}",
-        f"  config       {show_size(device.config_size)}, of {show_size(device.config_limit)} that it takes",
+        f"  config       {show_size(device.config_size)}{limit}",
     ]
 
 

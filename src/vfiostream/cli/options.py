@@ -82,13 +82,16 @@ def progress(command: Command) -> Command:
 
 
 def guest_memory(command: Command) -> Command:
-    """``--guest-memory``, as ``memory``: pairs of guest physical address and file."""
+    """``--guest-memory``, as ``memory``: pairs of guest physical address and file, in the order of addresses, so that it is
+    the same at both ends.
+    """
     option = click.option(
         "--guest-memory",
         "memory",
         type=option_type(parse_guest_memory),
         metavar="GPA=FILE",
         multiple=True,
+        callback=lambda _ctx, _parameter, given: tuple(sorted(given)),
         help="A file that holds guest memory from guest physical address GPA on, all of it. May be repeated.",
     )
     return option(command)

@@ -99,12 +99,13 @@ class Watched(Progress):
         )
 
     async def follow(self, report: Report) -> None:
-        """Give ``report`` its statuses until cancelled, then :meth:`finish`."""
+        """Give ``report`` its statuses, until all is done or this is cancelled; then call :meth:`finish`."""
+        self._began = time.monotonic()
         period = report.period
         if period is None:
             return
         await to_thread.run_sync(report.status, self.look())
-        while True:
+        while self.phase != "done":
             with anyio.move_on_after(period):
                 await self._turned.wait()
             if not self._turns:
@@ -226,18 +227,24 @@ def report_for(*, as_json: bool, quiet: bool, live: bool) -> Report:
 
 
 def _table(status: Status) -> Table:
-    # All cells are Text: what would be markup in a plain string means nothing there.
-    table = Table(box=None, pad_edge=False)
-    for title, value in (
-        ("phase", status.phase),
-        ("round", str(status.round)),
-        ("bytes", show_size(status.bytes)),
-        ("rate", show_rate(status.rate)),
-        ("pending", show_size(status.pending)),
-        ("dirty rate", show_rate(status.dirty_rate)),
-        ("downtime", show_time(status.expected_downtime)),
+    cells = {
+        "phase": status.phase,
+        "round": str(status.round),
+        "bytes": show_size(status.bytes),
+        "rate": show_rate(status.rate),
+        "pending": show_size(status.pending),
+        "dirty rate": show_rate(status.dirty_rate),
+        "downtime": show_time(status.expected_downtime),
+    }
+    table = Table(box=None, pad_edge=False, collapse_padding=True)
+    # Widths that hold still, within 80 columns.
+    table.add_column("phase", no_wrap=True, min_width=len("stop-and-copy"))
+    table.add_column("round", no_wrap=True, justify="right")
+    for title, widest in zip(
+        list(cells)[2:], ("1000.0 MiB", "1000.0 MiB/s", "1000.0 MiB", "1000.0 MiB/s", "1000.0 ms"), strict=True
     ):
-        table.add_column(title, Text(value), no_wrap=True, justify="left" if title == "phase" else "right")
+        table.add_column(title, no_wrap=True, justify="right", min_width=len(widest))
+    table.add_row(*map(Text, cells.values()))
     return table
 
 

@@ -15,8 +15,8 @@ async def open_device(address: str, *, order: Order = "session", timeout: float 
     """Open the device at ``address`` (``vfio-user:SOCKET``), with the interface that its driver speaks.
 
     ``order`` is that of a session, see :mod:`vfiostream.devices.four_region`; ``timeout`` is how many seconds the
-    device may take for one operation. Raises :class:`~vfiostream.errors.UsageError` for what is not the address of a device,
-    :class:`~vfiostream.errors.Incompatible` for a device that can't be moved, and what its access raises.
+    device may take for one operation. Raises :class:`~vfiostream.errors.UsageError` for what is not the address of a
+    device, :class:`~vfiostream.errors.Incompatible` for a device that can't be moved, and what its access raises.
     """
     from vfiostream.devices.four_region import FourRegionDevice  # the contract alone need not load it
 

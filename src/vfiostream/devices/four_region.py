@@ -42,12 +42,12 @@ class _Phase(StrEnum):
     LOGGING = "logging"
     STOPPED = "stopped"
     RELEASED = "released"
-    SOURCE_FAILED = "stopped by an error"
+    SOURCE_FAILED = "in a session that has failed"
     LOADING = "loading"
     LOADED = "loaded"
     RUNNING = "running what it has loaded"
     ABANDONED = "abandoned"
-    LOAD_FAILED = "loading, which has failed"
+    LOAD_FAILED = "in a load that has failed"
     CLOSED = "closed"
 
 
@@ -165,12 +165,10 @@ class FourRegionDevice(Device):
             if self._memory is None:
                 raise self._misuse("there is no device memory to capture")
             self._require_all_read()
-            logging = self._is_logging
-            self._captured_unlogged = self._captured_unlogged or not logging
+            if not self._is_logging:
+                self._captured_unlogged = True
             size = await self._control.get_memory_size()
             self._reading = _Reading(self._memory, size)
-            if size == 0 and not logging:
-                await self._set_state(State.RUNNING_LOGGING)
             return size
 
     async def read_into(self, into: memoryview) -> int:

@@ -75,12 +75,12 @@ def restore_writes(saved: bytes, current: bytes) -> list[tuple[int, bytes]]:
     """
     theirs, ours = identity(saved), identity(current)
     for what, their, our in (
-        ("vendor", theirs.vendor, ours.vendor),
-        ("device", theirs.device, ours.device),
-        ("class", theirs.class_code, ours.class_code),
+        ("vendor", f"{theirs.vendor:#06x}", f"{ours.vendor:#06x}"),
+        ("device", f"{theirs.device:#06x}", f"{ours.device:#06x}"),
+        ("class", f"{theirs.class_code:#08x}", f"{ours.class_code:#08x}"),
     ):
         if their != our:
-            raise Incompatible(f"the saved PCI config space is of {what} {their:#06x}, and this device's is {our:#06x}")
+            raise Incompatible(f"the saved PCI config space is of {what} {their}, and this device's of {our}")
     interrupts, here = _interrupts(saved), _interrupts(current)
     if interrupts != here:
         raise Incompatible(

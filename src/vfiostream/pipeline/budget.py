@@ -55,7 +55,7 @@ class Budget:
         """Wait until ``size`` bytes, and ``more`` that the holder will allocate itself, are free; return them. The two
         together are at most a quarter of the limit. Cancelled, nothing was taken.
         """
-        charge = max(size + more, CHARGE)
+        charge = max((self._chunk if self._is_chunk(size) else size) + more, CHARGE)
         if charge > self.limit:
             raise UsageError(f"{charge} bytes at once do not fit a budget of {self.limit}")
         if self._waiting or self.used + charge > self.limit:
@@ -78,9 +78,13 @@ class Budget:
         return Lease(self, memory, size, charge)
 
     def _memory(self, size: int) -> bytearray:
-        if self._chunk // 2 < size <= self._chunk:
+        if self._is_chunk(size):
             return self._spare.pop() if self._spare else bytearray(self._chunk)
         return bytearray(size)
+
+    def _is_chunk(self, size: int) -> bool:
+        """Whether ``size`` bytes are lent as a whole chunk, which is used again, and charged for as that."""
+        return self._chunk // 2 < size <= self._chunk
 
     def _give(self, memory: bytearray | None, charge: int) -> None:
         self.used -= charge

@@ -4,6 +4,7 @@ frames.
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,7 +12,7 @@ from typing import Protocol
 import anyio
 
 from vfiostream.buffers import Buffer
-from vfiostream.errors import ConnectionLost, StreamError
+from vfiostream.errors import ConnectionLost, StreamError, VfiostreamError
 from vfiostream.pipeline.budget import Budget, Lease
 from vfiostream.protocol import framing, records
 from vfiostream.protocol.framing import Prefix
@@ -19,6 +20,8 @@ from vfiostream.protocol.payload import Decompressor
 from vfiostream.protocol.records import Bitmap, Record
 from vfiostream.protocol.sessions import SourceSession, TargetSession
 from vfiostream.transports.contract import Transport
+
+log = logging.getLogger("vfiostream.pipeline")
 
 LINGER = 2.0
 """Seconds that a side which gave up goes on reading, so that its last words are not lost to a reset."""
@@ -132,14 +135,20 @@ async def read_reply(transport: Transport, session: SourceSession) -> Record | N
     return session.receive(prefix, header)
 
 
-async def drain(transport: Transport) -> None:
-    """Read and forget what still comes, for at most :data:`LINGER` seconds: a link that is closed with unread bytes is
-    reset, and the peer then never reads what we said last.
+async def part(transport: Transport, last_words: Buffer = b"") -> None:
+    """Say ``last_words`` (a frame) and that nothing more comes, then read and forget what still does: a link that is
+    closed with unread bytes is reset, and the peer then never reads what we said last. Takes :data:`LINGER` seconds at
+    most, and raises nothing: what can't be said is only logged.
     """
     scrap = memoryview(bytearray(64 * 1024))
     with anyio.move_on_after(LINGER):
-        while await transport.receive(scrap):
-            pass
+        try:
+            await transport.send([last_words])
+            await transport.finish()
+            while await transport.receive(scrap):
+                pass
+        except VfiostreamError as error:
+            log.debug("parting from %s: %s", transport.address, error)
 
 
 class Pace:

@@ -36,7 +36,7 @@ from vfiostream.errors import (
 from vfiostream.guest import Guest, GuestRange
 from vfiostream.pipeline import describe, failure
 from vfiostream.pipeline.budget import Budget, Lease
-from vfiostream.pipeline.frames import LINGER, Pace, drain, read_reply
+from vfiostream.pipeline.frames import LINGER, Pace, part, read_reply
 from vfiostream.pipeline.progress import Downtime, Progress, Summary
 from vfiostream.pipeline.settings import Settings
 from vfiostream.policy import RoundReport, Verdict
@@ -131,7 +131,11 @@ class Source:
         self._paused = False
         self._stopped_at = math.inf
         self._moved_at = 0.0
-        """When the target last showed that it is alive and takes something."""
+        """When the target last took or said something, or was given something to take after a time without."""
+        self._owed = 0
+        """Frames that the target has not taken yet, and the answer to END."""
+        self._whole = True
+        """Whether every frame that was made went out whole; if not, the link can't say anything more."""
         self._in_flight: anyio.CancelScope | None = None
         self._send_until = math.inf
         """When a frame that is under way is given up; set when everything is called off, or done."""
@@ -191,8 +195,7 @@ class Source:
     async def _greet(self) -> None:
         head, _ = self._session.send(self._hello)
         with anyio.move_on_after(self._settings.patience) as scope:
-            await self._transport.send([head])
-            self._progress.transferred += len(head)
+            await self._hand_over([head])
             if not self._transport.answers:
                 return
             match await read_reply(self._transport, self._session):
@@ -300,6 +303,7 @@ class Source:
             self._progress.phase = "finishing"
         end = self._put(End(self._round, self._content))
         if self._transport.answers:
+            self._owed += 1
             await self._acks.receive()
             times += [anyio.current_time()] * 2
             self._progress.phase = "switchover"
@@ -397,6 +401,9 @@ class Source:
     def _put(self, record: Record, lease: Lease | None = None) -> _Outgoing:
         """Put a record in line; its lease is the line's from here on."""
         item = _Outgoing(record, lease)
+        if not self._owed:
+            self._moved_at = anyio.current_time()
+        self._owed += 1
         if lease is not None:
             if not isinstance(record, Bitmap):
                 self._content += len(lease.view)
@@ -436,7 +443,7 @@ class Source:
             )
             try:
                 with anyio.CancelScope(shield=True, deadline=self._send_until) as self._in_flight:
-                    await self._transport.send(buffers)
+                    await self._hand_over(buffers)
                 if self._in_flight.cancelled_caught:
                     await anyio.sleep_forever()  # Called off: this task is about to be cancelled.
             except ConnectionLost:
@@ -446,11 +453,19 @@ class Source:
                 raise
             finally:
                 self._in_flight = None
-            self._progress.transferred += sum(map(len, buffers))
+            self._owed -= 1
+            self._moved_at = anyio.current_time()
             item.payload = b""
             if item.lease is not None:
                 item.lease.release()
             item.sent.set()
+
+    async def _hand_over(self, buffers: Sequence[Buffer]) -> None:
+        """Send a frame that the session has made."""
+        self._whole = False
+        await self._transport.send(buffers)
+        self._whole = True
+        self._progress.transferred += sum(map(len, buffers))
 
     async def _listen(self) -> None:
         while True:
@@ -470,15 +485,18 @@ class Source:
                     raise ConnectionLost(f"{self._transport.address}: the target went away before the switchover")
 
     async def _watch(self) -> None:
-        """Call it off when the source is stopped and the target shows no progress: the guest is waiting."""
+        """Call it off when the source is stopped and the target shows no progress: the guest is waiting. What the
+        source's own devices take is not the target's fault.
+        """
         while True:
+            now = anyio.current_time()
             limit = max(self._moved_at, self._stopped_at) + self._settings.patience
-            if self._stopped_at == math.inf:
-                limit = anyio.current_time() + self._settings.patience
-            elif anyio.current_time() >= limit:
+            if self._stopped_at == math.inf or not self._owed:
+                limit = now + self._settings.patience
+            elif now >= limit:
                 raise ConnectionLost(
                     f"{self._transport.address}: the target took nothing for {self._settings.patience:g} s while the "
-                    "source was stopped"
+                    "source was stopped; see whether it hangs"
                 )
             await anyio.sleep_until(limit)
 
@@ -497,8 +515,7 @@ class Source:
             head, _ = self._session.send(Commit())
             try:
                 with anyio.fail_after(self._settings.patience):
-                    await self._transport.send([head])
-                self._progress.transferred += len(head)
+                    await self._hand_over([head])
                 with anyio.fail_after(2 * self._settings.patience):
                     while True:
                         match await read_reply(self._transport, self._session):
@@ -535,30 +552,32 @@ class Source:
     async def _store(self) -> None:
         """Make the checkpoint whole: the source runs already."""
         head, _ = self._session.send(Commit())
-        await self._transport.send([head])
-        self._progress.transferred += len(head)
+        await self._hand_over([head])
         await self._transport.finish()
 
     # ---- instead: the source runs on
 
     async def _resume(self) -> None:
-        """Let the devices run on, then the guest. Never half: every device is tried."""
-        failed = None
-        if self._started:
-            for _, device in self._devices:
-                try:
-                    await device.resume()
-                except VfiostreamError as error:
-                    failed = error
-        if failed is not None:
-            raise failed
-        self._started = False
-        if self._tracking:
-            self._tracking = False
-            await self._guest.stop_tracking()
-        if self._paused:
-            self._paused = False
-            await self._guest.resume()
+        """Let the devices run on, then the guest. Never half: every device is tried, and nothing cuts it off."""
+        with anyio.CancelScope(shield=True):
+            failed = None
+            if self._started:
+                for _, device in self._devices:
+                    try:
+                        await device.resume()
+                    except VfiostreamError as error:
+                        failed = error
+            if failed is not None:
+                raise failed
+            self._started = False
+            try:
+                if self._tracking:
+                    self._tracking = False
+                    await self._guest.stop_tracking()
+            finally:
+                if self._paused:
+                    self._paused = False
+                    await self._guest.resume()
 
     async def _recover(self, error: BaseException) -> BaseException:
         """Make the source run, and tell the target why; returns what is to be raised."""
@@ -569,24 +588,20 @@ class Source:
                 await self._resume()
             except VfiostreamError as failed:
                 stuck = failed
-            if self._transport.answers and not isinstance(error, PeerAborted | TransportError):
-                await self._tell(error)
+            if self._transport.answers:
+                await part(self._transport, self._last_words(error))
             if stuck is not None:
                 return SourceStuck(
-                    f"{error}; and then the source could not be resumed ({stuck}): its state is unknown, see to its "
-                    "driver, then use `vfiostream device resume`"
+                    f"{failure.told(error)}; and then the source could not be resumed ({stuck}): its state is unknown, "
+                    "see to its driver, then use `vfiostream device resume`"
                 )
         return error
 
-    async def _tell(self, error: BaseException) -> None:
-        """Tell the target why, as far as the link still takes it."""
-        with anyio.move_on_after(LINGER):
-            try:
-                head, _ = self._session.send(
-                    Abort(failure.abort_code(error), failure.reason(failure.told(error)), stopped=False)
-                )
-                await self._transport.send([head])
-                await self._transport.finish()
-                await drain(self._transport)
-            except VfiostreamError as untold:
-                log.debug("the target could not be told: %s", untold)
+    def _last_words(self, error: BaseException) -> Buffer:
+        """The ABORT that tells the target why; nothing where it knows, or can't be told."""
+        if isinstance(error, PeerAborted) or not self._whole:
+            return b""
+        head, _ = self._session.send(
+            Abort(failure.abort_code(error), failure.reason(failure.told(error)), stopped=False)
+        )
+        return head

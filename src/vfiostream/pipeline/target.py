@@ -33,7 +33,7 @@ from vfiostream.errors import (
 from vfiostream.guest import Guest, GuestRange
 from vfiostream.pipeline import describe, failure
 from vfiostream.pipeline.budget import Budget
-from vfiostream.pipeline.frames import LINGER, FrameReader, Incoming, drain
+from vfiostream.pipeline.frames import FrameReader, Incoming, part
 from vfiostream.pipeline.progress import Progress, Summary
 from vfiostream.pipeline.settings import Settings
 from vfiostream.protocol import framing, limits, records
@@ -329,7 +329,8 @@ class Target:
         """Wait for the COMMIT; for at most the patience, after which it is never acted on: the source waits longer for
         our word than we for its, so what it is told then is final.
         """
-        with anyio.move_on_after(self._settings.patience) as scope:
+        limit = self._settings.patience if self._transport.answers else math.inf
+        with anyio.move_on_after(limit) as scope:
             frame = await self._frames.read()
             if frame is None:
                 raise self._frames.ended()
@@ -370,6 +371,20 @@ class Target:
         Returns what is to be raised.
         """
         problem = str(error) or f"the device did not run within {self._settings.patience:g} s"
+        certain = False
+        with anyio.move_on_after(self._settings.patience):
+            certain = await self._stop_all()
+        if self._transport.answers:
+            await part(self._transport, self._abort("device", problem, stopped=certain))
+        if not certain:
+            before = "before the source is resumed" if self._transport.answers else "before anything else"
+            return OutcomeUnknown(
+                f"{problem}; and then it did not answer the order to stop, so it may run: look at it {before}"
+            )
+        return error if isinstance(error, VfiostreamError) else DeviceTimeout(problem)
+
+    async def _stop_all(self) -> bool:
+        """Order every device to stop; returns whether all did."""
         certain = True
         for device in self._devices.values():
             try:
@@ -377,13 +392,7 @@ class Target:
             except VfiostreamError as doubt:
                 log.warning("%s: whether it is stopped is not known: %s", device.name, doubt)
                 certain = False
-        await self._tell(Abort("device", failure.reason(problem), stopped=certain))
-        if not certain:
-            return OutcomeUnknown(
-                f"{problem}; and then it did not answer the order to stop, so it may run: look at it before the source "
-                "is resumed"
-            )
-        return error if isinstance(error, VfiostreamError) else DeviceTimeout(problem)
+        return certain
 
     # ---- instead: the devices stay stopped
 
@@ -398,20 +407,19 @@ class Target:
                     except VfiostreamError as failed:
                         # It was stopped before any data came and is never told to run.
                         log.debug("%s: could not be told to stay stopped: %s", device.name, failed)
-            if self._transport.answers and not isinstance(error, PeerAborted | ConnectionLost):
-                await self._tell(Abort(failure.abort_code(error), failure.reason(failure.told(error)), stopped=True))
+            if self._transport.answers:
+                await part(self._transport, self._last_words(error))
         return error
 
-    async def _tell(self, abort: Abort) -> None:
-        """Tell the source why, as far as the link still takes it, and go on reading so that it can read that."""
-        with anyio.move_on_after(2 * LINGER):
-            try:
-                head, _ = self._session.send(abort)
-                await self._transport.send([head])
-                await self._transport.finish()
-                await drain(self._transport)
-            except VfiostreamError as untold:
-                log.debug("the source could not be told: %s", untold)
+    def _last_words(self, error: BaseException) -> Buffer:
+        """The ABORT that tells the source why; nothing where it knows, or can't be told."""
+        if isinstance(error, PeerAborted):
+            return b""
+        return self._abort(failure.abort_code(error), failure.told(error), stopped=True)
+
+    def _abort(self, code: str, problem: str, *, stopped: bool) -> Buffer:
+        head, _ = self._session.send(Abort(code, failure.reason(problem), stopped))
+        return head
 
 
 def _areas(areas: Sequence[tuple[int, int]]) -> str:

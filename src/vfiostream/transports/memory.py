@@ -64,14 +64,17 @@ class MemoryTransport(Transport):
     async def send(self, buffers: Sequence[Buffer]) -> None:
         self._check_can_send()
         await anyio.lowlevel.checkpoint()
+        taken = 0
         with Unsent(buffers) as unsent:
             while True:
                 self._check_open()
-                self._check_reader()
+                self._check_reader(taken)
                 if not unsent:
                     return
                 if self._outgoing.room:
-                    unsent.advance(self._outgoing.put(unsent.head(1)[0]))
+                    count = self._outgoing.put(unsent.head(1)[0])
+                    unsent.advance(count)
+                    taken += count
                     self._torn = bool(unsent)
                 else:
                     await self._outgoing.change()
@@ -111,13 +114,15 @@ class MemoryTransport(Transport):
         self._check_open()
         if self._outgoing.finished:
             raise LocalProtocolError(f"{self.address}: nothing can be sent or finished after finish")
-        self._check_reader()
+        self._check_reader(0)
         if self._torn:
             raise TransportError(f"{self.address}: an earlier send stopped part-way; start over on a new link")
 
-    def _check_reader(self) -> None:
+    def _check_reader(self, taken: int) -> None:
         if self._outgoing.reader_gone:
-            raise ConnectionLost(f"{self.address}: the other end is gone; start over on a new link")
+            failure = ConnectionLost(f"{self.address}: the other end is gone; start over on a new link")
+            failure.taken = taken
+            raise failure
 
 
 def memory_pair(capacity: int = 65536) -> tuple[Transport, Transport]:

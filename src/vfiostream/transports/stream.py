@@ -1,7 +1,8 @@
 """TCP and UNIX sockets, driven without a stream class in between.
 
-A raw non-blocking socket with ``sendmsg`` and ``recv_into`` moves two to three times what the event loops' own streams
-do: nothing is copied and the loop is asked only when the kernel has no room or no data. Invariants:
+A raw non-blocking socket with ``sendmsg`` and ``recv_into`` copies nothing and asks the event loop only when the kernel
+has no room or no data. Measured against iperf3 it reaches 0.58 to 0.66 on asyncio and trio alike; anyio's streams reach
+0.3 to 0.64 depending on the loop, asyncio's 0.25. Invariants:
 
 - After a part of a send went out and until the rest has, ``_torn`` is set; so whatever ends the call in between leaves
   it set.
@@ -77,6 +78,7 @@ class SocketTransport(Transport):
         self._check_can_send()
         # Gives way to other tasks even if the kernel always has room; 3 to 7 microseconds a call.
         await anyio.lowlevel.checkpoint()
+        taken = 0
         with Unsent(buffers) as unsent:
             while unsent:
                 self._check_open()
@@ -86,9 +88,12 @@ class SocketTransport(Transport):
                     await self._wait(anyio.wait_writable)
                 except OSError as error:
                     self._torn = True
-                    raise self._failure("sending", error) from error
+                    failure = self._failure("sending", error)
+                    failure.taken = taken
+                    raise failure from error
                 else:
                     unsent.advance(count)
+                    taken += count
                     self._torn = bool(unsent)
                     if logger.isEnabledFor(logging.DEBUG):
                         logger.debug("%s: sent %d bytes", self.address, count)
@@ -146,7 +151,9 @@ class SocketTransport(Transport):
         if self._finished:
             raise LocalProtocolError(f"{self.address}: nothing can be sent or finished after finish")
         if self._lost:
-            raise ConnectionLost(self._lost_text())
+            failure = ConnectionLost(self._lost_text())
+            failure.taken = 0
+            raise failure
         if self._torn:
             raise TransportError(f"{self.address}: an earlier send stopped part-way; start over on a new connection")
 
