@@ -38,7 +38,7 @@ class Subject(ABC):
 
     @abstractmethod
     async def device_reads(self, iova: int, length: int) -> bytes:
-        """Make the device read guest memory; raises what the access raises. Calls ``pytest.skip`` if there is no way."""
+        """Make the device read guest memory; raises what the access raises, or ``pytest.skip`` where it has no way."""
 
     @abstractmethod
     async def device_writes(self, iova: int, data: bytes) -> None:
@@ -47,7 +47,8 @@ class Subject(ABC):
 
 def pattern(length: int, seed: int = 0) -> bytes:
     """Bytes that differ from page to page and from seed to seed."""
-    return bytes((n * 7 + n // 251 + seed * 13) & 0xFF for n in range(length))
+    period = bytes((n * 7 + seed * 13) & 0xFF for n in range(251))
+    return (period * (length // len(period) + 1))[:length]
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Self
 import anyio
 
 from vfiostream.access import open_access
+from vfiostream.devices import open_device
 
 LIMIT = 30.0
 """Seconds for anything a program is waited for."""
@@ -43,8 +44,7 @@ class Program:
             [sys.executable, "-m", "vfiostream", *map(str, arguments)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            **options,
+            **{"stderr": subprocess.PIPE, **options},
         )
         assert self._process.stdout is not None
         self._output = self._process.stdout.fileno()
@@ -61,6 +61,12 @@ class Program:
             self._read += piece
         line, _, self._read = self._read.partition(b"\n")
         return line.decode()
+
+    def line_with(self, text: str) -> str:
+        """The next line of its output that contains ``text``."""
+        while text not in (line := self.line()):
+            pass
+        return line
 
     def until(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """The next JSON object of its output that is ``wanted``."""
@@ -84,7 +90,7 @@ class Program:
     def end(self) -> Ended:
         """Wait for it to end."""
         output, errors = self._process.communicate(timeout=LIMIT)
-        return Ended(self._process.returncode, (self._read + (output or b"")).decode(), errors.decode())
+        return Ended(self._process.returncode, (self._read + (output or b"")).decode(), (errors or b"").decode())
 
     def __enter__(self) -> Self:
         return self
@@ -96,8 +102,8 @@ class Program:
             self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdout, self._process.stderr):
-            assert pipe is not None
-            pipe.close()
+            if pipe is not None:
+                pipe.close()
 
 
 def run(*arguments: object, **options: Any) -> Ended:
@@ -125,3 +131,14 @@ def digest_and_state(address: str) -> tuple[bytes, int]:
         return bytes(raw[:32]), int.from_bytes(raw[32:], "little")
 
     return anyio.run(read)
+
+
+def set_running(address: str) -> None:
+    """Let a device run, whatever an earlier test left it in."""
+
+    async def resume() -> None:
+        with anyio.fail_after(LIMIT):
+            async with await open_device(address) as opened:
+                await opened.resume()
+
+    anyio.run(resume)

@@ -6,9 +6,8 @@ import io
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import anyio
 import click
@@ -20,7 +19,9 @@ from vfiostream import _accel, errors
 from vfiostream.cli import COMMANDS, main, values, vfiostream
 from vfiostream.cli.exits import Cancelled, Exit, failure_of
 from vfiostream.cli.report import Json, Plain, Result, Status, Terminal, Watched
+from vfiostream.vendor.settings import Settings, parse_fault
 
+MIB = 1 << 20
 MOVING = ("send", "receive", "save", "restore", "demo")
 ANSWERING = ("check", "inspect", "verify")
 
@@ -45,7 +46,8 @@ def test_sizes(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "MiB", "-1", "1e6", "1MB", "1mib", "0x10", "1.5", "0.3KiB", "9GiB GiB", "9999999999GiB", "٣", "1" * 5000]
+    "text",
+    ["", "MiB", "-1", "1e6", "1MB", "1mib", "0x10", "1.5", "0.3KiB", "9GiB GiB", "9999999999GiB", "٣", "1" * 5000],
 )
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ValueError, match="size|bytes"):
@@ -163,7 +165,6 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["send", "vfio-user:x", "tcp:h:1", "--max-time", "0s"], "it must be more than 0"),
         (["send", "vfio-user:x", "tcp:h:1", "--max-bandwidth", "0"], "moves nothing"),
         (["send", "vfio-user:x", "tcp:h:1", "--chunk", "1"], "a chunk of 1 bytes"),
-        (["send", "vfio-user:x", "tcp:h:1", "--quiet", "--json"], "contradict"),
         (["send", "vfio-user:x", "tcp:h:1", "--guest-memory", "x"], "is not guest memory"),
         (["send", "vfio-user:x", "tcp:h:1", "--guest-memory", "0=/nonexistent/file"], "can't be opened"),
         (["send", "pci:x", "tcp:h:1"], "is not the address of a device"),
@@ -189,6 +190,41 @@ def test_usage_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["send", "--json"]) == 2
     event = json.loads(capsys.readouterr().out)
     assert (event["message_type"], event["code"], event["error"]) == ("error", 2, "UsageError")
+    assert main(["send", "vfio-user:x", "tcp:h:1", "--quiet", "--json"]) == 2
+    assert "contradict each other" in json.loads(capsys.readouterr().out)["message"]
+
+
+def test_every_option_of_serve_reaches_the_device(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served = []
+
+    def serve(settings: Settings, path: str, ready: Callable[[], None]) -> None:
+        served.append((settings, path))
+        ready()
+
+    monkeypatch.setattr("vfiostream.cli.device.serve_device", serve)
+    assert main(["device", "serve", "plain"]) == 0
+    options = (
+        "--memory 8MiB --config 1KiB --dirty-rate 3MiB/s --pattern hotspot --data random --seed 9 --memory-region 64KiB"
+        " --config-region 8KiB --bitmap-region 4KiB --mmap sparse --layout packed --capture-time 20ms --state-time 1s"
+        " --version-string v2 --accept v1 --accept v3* --no-dirty-tracking --fault get-memory:3:EIO"
+        " --fault set-state:1:hang"
+    )
+    assert main(["device", "serve", "other", *options.split()]) == 0
+    assert served == [
+        (Settings(), "plain"),
+        (
+            Settings(
+                memory=8 * MIB, config=1024, dirty_rate=3 * MIB, pattern="hotspot", data="random", seed=9,
+                memory_region=64 * 1024, config_region=8 * 1024, bitmap_region=4096, mmap="sparse", layout="packed",
+                capture_time=0.02, state_time=1.0, version_string="v2", accept=("v1", "v3*"), dirty_tracking=False,
+                faults=(parse_fault("get-memory:3:EIO"), parse_fault("set-state:1:hang")),
+            ),
+            "other",
+        ),
+    ]  # fmt: skip
+    assert capsys.readouterr().out == "serving vfio-user:plain\nserving vfio-user:other\n"
 
 
 # ---- what an error means
@@ -239,7 +275,8 @@ def test_no_text_of_the_other_end_gets_at_the_terminal(capsys: pytest.CaptureFix
     Plain().result(Result({}, [HOSTILE]))
     Terminal(Console(stderr=True, force_terminal=True)).result(Result({}, [HOSTILE]))
     captured = capsys.readouterr()
-    safe = "the other end gave up (failed): [red]no[/red]\N{REPLACEMENT CHARACTER}[2J vfiostream: all is well\N{REPLACEMENT CHARACTER}\n"
+    odd = "\N{REPLACEMENT CHARACTER}"
+    safe = f"the other end gave up (failed): [red]no[/red]{odd}[2J vfiostream: all is well{odd}\n"
     assert captured.err == f"vfiostream: {safe}" * 2
     assert captured.out == safe * 2
 
@@ -255,21 +292,15 @@ def test_json_is_one_line_of_ascii(capsys: pytest.CaptureFixture[str]) -> None:
     }  # fmt: skip
 
 
-def a_status(**known: Any) -> Status:
-    return Status(
-        **{
-            "phase": "stop-and-copy", "elapsed": 1.0, "round": 30, "bytes": 1000 << 30, "transferred": 1,
-            "round_bytes": 1, "rate": 1000.0 * (1 << 20), "pending": 1000 << 20, "dirty_rate": 1000.0 * (1 << 20),
-            "throughput": 1.0, "expected_downtime": 0.9999,
-        }
-        | known
-    )  # fmt: skip
-
-
 def test_the_table_fits_80_columns() -> None:
     screen = io.StringIO()
     terminal = Terminal(Console(file=screen, force_terminal=True, width=80, color_system=None))
-    terminal.status(a_status())
+    terminal.status(
+        Status(
+            phase="stop-and-copy", elapsed=1.0, round=30, bytes=1000 << 30, transferred=1, round_bytes=1,
+            rate=1000.0 * MIB, pending=1000 * MIB, dirty_rate=1000.0 * MIB, throughput=1.0, expected_downtime=0.9999,
+        )
+    )  # fmt: skip
     terminal.close()
     terminal.close()
     text = screen.getvalue()

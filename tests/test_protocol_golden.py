@@ -1,6 +1,6 @@
 """The bytes of version 1, written down: a change here is a change of the format, and needs a new version number.
 
-``PYTHONPATH=src python tests/test_protocol_golden.py`` writes the files anew.
+``PYTHONPATH=src python -m tests.test_protocol_golden`` writes the files anew.
 """
 
 from __future__ import annotations

@@ -256,6 +256,17 @@ def test_a_zstd_payload_that_is_refused(payload: bytes, size: int) -> None:
     assert caught.value.record == "MEMORY record 3"
 
 
+def test_a_zstd_payload_that_lies_about_its_size_allocates_nothing() -> None:
+    payload = zstd_frame(says=64 * limits.MAX_CONTENT)
+    tracemalloc.start()
+    try:
+        with pytest.raises(StreamError, match="does not hold just the 1000 bytes announced"):
+            Decompressor().content(payload, FLAG_ZSTD, 1000, "x")
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()
+
+
 def test_a_decompressor_goes_on_after_a_bad_payload() -> None:
     decompressor = Decompressor()
     with pytest.raises(StreamError):

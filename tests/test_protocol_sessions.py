@@ -529,7 +529,7 @@ def test_a_credit_that_could_not_be_sent_was_not_given() -> None:
     pair.target_refuses(raw(Memory(1, pos), bytes(left)), match="exceeds the credit")
 
 
-def test_commit_and_abort_are_free() -> None:
+def test_an_abort_is_free() -> None:
     pair = Pair.greeted(hello(device(1, config_size=0)), credit=LEAST)
     pos, left = spend(pair)
     pair.say(Memory(1, pos), bytes(left - frame_size(pair, Memory(1, pos), b"")))

@@ -28,9 +28,6 @@ from vfiostream.protocol.records import Hello, RecordType
 from vfiostream.protocol.sessions import Phase, TargetSession
 from vfiostream.transports.contract import Transport
 
-SAVE_SETTINGS = Settings(compression=1)
-"""A file is worth the processor's time; a link is the caller's to judge."""
-
 
 async def save(
     device: Device | Sequence[Device],
@@ -53,7 +50,7 @@ async def save(
         raise UsageError(f"{transport.address} is no file: use send to move a device there")
     devices = (device,) if isinstance(device, Device) else device
     source = Source(
-        devices, guest or Guest(), transport, policy or Precopy(), settings or SAVE_SETTINGS, progress or Progress()
+        devices, guest or Guest(), transport, policy or Precopy(), settings or Settings(), progress or Progress()
     )
     return await source.run()
 

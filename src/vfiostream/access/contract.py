@@ -58,7 +58,8 @@ class Access(ABC):
     answer within the access's time limit, :class:`~vfiostream.errors.DeviceBroken` when the answer makes no sense.
 
     Cancellation: a call that was started reaches the device whole or not at all. A cancelled call may still take
-    effect; the next call waits for it first. So after a cancellation, writing the state wanted is always in order.
+    effect; the next call waits for it first. So after a cancellation, writing the state wanted is always in order. A
+    transfer that is split is as many calls: of a cancelled one, the first pieces may have taken effect.
     """
 
     name: str

@@ -178,6 +178,7 @@ class VfioUserAccess(Access):
         return self._areas.get(index, ())
 
     async def dma_map(self, iova: int, length: int, fd: int, offset: int, *, writable: bool) -> None:
+        self._channel.check()
         self._check_range(iova, length)
         operation = f"mapping {length:#x} bytes of guest memory at {iova:#x}"
         try:

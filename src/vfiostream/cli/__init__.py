@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
 from collections.abc import Sequence
 
 import click
 
 from vfiostream.cli.exits import Cancelled, Exit, failure_of
-from vfiostream.errors import UsageError, VfiostreamError
+from vfiostream.errors import UsageError
 
 COMMANDS = {
     "demo": ("vfiostream.cli.demo", "Move a busy simulated device to another process, live, and compare digests."),
@@ -77,14 +78,16 @@ def vfiostream() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command of ``arguments`` (default: those of this process) and return its exit code."""
     given = sys.argv[1:] if arguments is None else list(arguments)
-    failed: VfiostreamError
+    failed: Exception
     try:
         code = vfiostream.main(given, prog_name="vfiostream", standalone_mode=False)
     except click.ClickException as error:
         failed = UsageError(_sentence(error))
     except click.Abort:
         failed = Cancelled("cancelled before anything began")
-    except VfiostreamError as error:
+    except Exception as error:  # noqa: BLE001 - the edge, as in vfiostream.cli.run
+        if "--traceback" in given:
+            traceback.print_exception(error)
         failed = error
     else:
         return int(code or Exit.DONE)

@@ -31,7 +31,7 @@ _file = click.argument("file", type=option_type(parse_file_address))
 @_file
 @options.guest_memory
 @options.policy
-@options.settings("max_bandwidth", "chunk", "budget", compression=checkpoint.SAVE_SETTINGS.compression)
+@options.settings("max_bandwidth", "chunk", "budget", compression=0)
 @options.order
 @options.device_timeout
 @click.option("--force", is_flag=True, help="Replace a file that exists, once the new one is whole.")

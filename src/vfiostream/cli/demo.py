@@ -116,7 +116,8 @@ async def _move(folder: Path, run: Run) -> None:
         with anyio.move_on_after(PATIENCE):
             await receiver.wait()
         if receiver.returncode != 0:
-            raise DeviceLost(f"the receiving process ended with {receiver.returncode}; what it said stands above")
+            how = "did not end" if receiver.returncode is None else f"ended with {receiver.returncode}"
+            raise DeviceLost(f"the receiving process {how}; what it said stands above")
         here, there = await source.digests(), await target.digests()
     for what in ("device", "guest_memory"):
         if here[what] != there[what]:

@@ -24,6 +24,8 @@ from vfiostream.policy import Precopy
 
 Command = Callable[..., Any]
 Decorator = Callable[[Command], Command]
+GuestFiles = tuple[tuple[int, Path], ...]
+"""Guest physical addresses and the files that hold what is there."""
 
 _DEFAULTS = Settings()
 _POLICY = Precopy()
@@ -82,9 +84,7 @@ def progress(command: Command) -> Command:
 
 
 def guest_memory(command: Command) -> Command:
-    """``--guest-memory``, as ``memory``: pairs of guest physical address and file, in the order of addresses, so that it is
-    the same at both ends.
-    """
+    """``--guest-memory``, as ``memory`` (:data:`GuestFiles`), in the order of addresses: the same at both ends."""
     option = click.option(
         "--guest-memory",
         "memory",
@@ -184,6 +184,3 @@ def order(command: Command) -> Command:
         help="When the source's driver is told to track changes: at once, or after the first capture.",
     )
     return option(command)
-
-
-GuestFiles = tuple[tuple[int, Path], ...]

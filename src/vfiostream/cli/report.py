@@ -104,16 +104,17 @@ class Watched(Progress):
         period = report.period
         if period is None:
             return
-        await to_thread.run_sync(report.status, self.look())
-        while self.phase != "done":
-            with anyio.move_on_after(period):
-                await self._turned.wait()
+        while True:
             if not self._turns:
                 self._turns.append(self.look())
             self._turned = anyio.Event()
             while self._turns:
                 await to_thread.run_sync(report.status, self._turns[0])
                 self._turns.popleft()
+            if self.phase == "done":
+                return
+            with anyio.move_on_after(period):
+                await self._turned.wait()
 
     def finish(self, report: Report) -> None:
         """Give ``report`` the changes of phase that it has not seen."""

@@ -43,7 +43,7 @@ class Run:
         self.report = report
         self.progress = Watched()
         self.result: Result | None = None
-        """What it came to; once this is set the command has succeeded, whatever still happens."""
+        """What it came to; once this is set it is too late to cancel the command."""
         self._tasks = tasks
 
     def follow(self) -> None:

@@ -11,10 +11,18 @@ from collections import deque
 import anyio
 
 from vfiostream.errors import UsageError
+from vfiostream.protocol import limits
 
 CHARGE = 512
 """Bytes a record is charged at least, for the objects around it."""
 DEFAULT_BUDGET = 64 * 1024 * 1024
+_BESIDES = 1024 * 1024
+"""Bytes for everything that is no chunk."""
+
+
+def largest_chunk(limit: int) -> int:
+    """The largest chunk that a budget of ``limit`` bytes has room for, where the other side has chosen it."""
+    return max(limits.MIN_CHUNK, min(limits.MAX_CONTENT, (limit - _BESIDES) // 4))
 
 
 class Lease:
@@ -39,9 +47,9 @@ class Budget:
     """``limit`` bytes. Leases are granted in the order in which they were asked for."""
 
     def __init__(self, limit: int, chunk: int) -> None:
-        if limit < 4 * chunk + 1024 * 1024:
+        if limit < 4 * chunk + _BESIDES:
             raise UsageError(
-                f"a budget of {limit} bytes is too small for chunks of {chunk}: give at least {4 * chunk + 1024 * 1024}"
+                f"a budget of {limit} bytes is too small for chunks of {chunk}: give at least {4 * chunk + _BESIDES}"
             )
         self.limit = limit
         self.used = 0

@@ -32,7 +32,7 @@ from vfiostream.errors import (
 )
 from vfiostream.guest import Guest, GuestRange
 from vfiostream.pipeline import describe, failure
-from vfiostream.pipeline.budget import Budget
+from vfiostream.pipeline.budget import Budget, largest_chunk
 from vfiostream.pipeline.frames import FrameReader, Incoming, part
 from vfiostream.pipeline.progress import Progress, Summary
 from vfiostream.pipeline.settings import Settings
@@ -102,7 +102,7 @@ class Target:
         self._settings = settings
         self._progress = progress
         # Over a link the WELCOME settles the chunk; a file brings its own.
-        chunk = settings.chunk if transport.answers else min(limits.MAX_CONTENT, settings.budget // 5)
+        chunk = settings.chunk if transport.answers else largest_chunk(settings.budget)
         self._budget = Budget(settings.budget, chunk)
         self._session = TargetSession(chunk=chunk, answers=transport.answers)
         self._frames = FrameReader(transport, self._session, self._budget)

@@ -56,7 +56,7 @@ class Decompressor:
                 raise StreamError(
                     where, f"has a zstd window of {parameters.window_size} bytes (the limit is {limits.MAX_WINDOW})"
                 )
-            if parameters.content_size != content_size or parameters.dict_id != 0:
+            if parameters.content_size != content_size:
                 raise StreamError(where, f"has a zstd frame that does not hold just the {content_size} bytes announced")
             content: bytes = self._context.decompress(payload, allow_extra_data=False)
         except zstandard.ZstdError as error:
