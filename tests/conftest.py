@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 
+for suite in ("access_contract", "device_contract", "transport_contract", "movers", "interference"):
+    pytest.register_assert_rewrite(f"tests.{suite}")
+
 
 @pytest.fixture(
     params=[

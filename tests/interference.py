@@ -39,9 +39,7 @@ from vfiostream.vendor.device import ReferenceDevice
 from vfiostream.vendor.inprocess import InProcessAccess
 from vfiostream.vendor.settings import Fault, Settings as DeviceSettings
 
-TINY = replace(
-    SMALL, memory=256 * 1024, memory_region=64 * 1024, config=1024, config_region=4096, bitmap_region=4096, data="random"
-)
+TINY = replace(SMALL, memory=256 * 1024, memory_region=64 * 1024, config=1024, config_region=4096, data="random")
 """A device of four chunks that stands still: its migration takes the same frames every time."""
 AREA = (0, 16 * 4096)
 QUICK = Settings(chunk=65536, budget=2 * MIB, patience=5)
@@ -511,11 +509,11 @@ class World:
         source = self.source
         source.link = Link(await file.connect(f"file:{path}", replace=False), untouched, source.trace)
 
+        packed = replace(QUICK, compression=1)
+
         async def work() -> Summary:
             async with source.link:
-                return await save(
-                    source.devices, source.link, guest=source.guest, policy=Rounds(), settings=replace(QUICK, compression=1)
-                )
+                return await save(source.devices, source.link, guest=source.guest, policy=Rounds(), settings=packed)
 
         self._complete = True
         with anyio.fail_after(20):
@@ -597,8 +595,8 @@ def assert_guest_follows(end: End) -> None:
 
 
 def outcome(made: World) -> str:
-    """Check that what a migration came to is something that ``docs/switchover.md`` knows, and say what: ``moved``, ``the
-    source runs`` or ``unknown``.
+    """Check that what a migration came to is something that ``docs/switchover.md`` knows, and say what: ``moved``,
+    ``the source runs`` or ``unknown``.
     """
     source, target = made.source, made.target
     assert_one_runner(made)

@@ -829,6 +829,25 @@ async def test_transfers_are_cut_as_the_server_wants_them(limit: int, pieces: in
     assert all(count % 8 == 0 for count in counts[: pieces - 1])
 
 
+@pytest.mark.parametrize("said", [{}, {"max_data_xfer_size": 1 << 40}])
+async def test_reads_are_as_long_as_was_agreed_and_no_longer(said: dict[str, int]) -> None:
+    size = (1 << 21) + 8
+    counts: list[int] = []
+
+    def script(peer: Peer) -> None:
+        peer.open(**said)
+        while True:
+            message = peer.receive()
+            offset, _, count = REGION_ACCESS.unpack(message.body)
+            counts.append(count)
+            peer.reply_read(message, pattern(size)[offset : offset + count])
+
+    with serving(script) as path, anyio.fail_after(GUARD):
+        async with await connect(path) as access:
+            assert await read(access, 9, 0, size) == pattern(size)
+    assert counts == [1 << 20, 1 << 20, 8]
+
+
 @contextmanager
 def channel_pair() -> Iterator[tuple[Channel, Peer]]:
     """A channel without a device around it, and the other end of its socket."""

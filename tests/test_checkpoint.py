@@ -12,22 +12,23 @@ from anyio import to_thread
 from tests.movers import MIB, SMALL, Machine, contents, guest, machine, machines
 from vfiostream import checkpoint
 from vfiostream.errors import DeviceRefused, Incompatible, SourceStuck, StreamError, TransportError, UsageError
+from vfiostream.pipeline.progress import Summary
 from vfiostream.pipeline.settings import Settings
 from vfiostream.transports import connect, listen
 from vfiostream.transports.memory import memory_pair
 from vfiostream.uapi.four_region import State
-from vfiostream.vendor.settings import Fault, Operation
+from vfiostream.vendor.settings import Data, Fault, Operation
 
 pytestmark = pytest.mark.anyio
 
 
-async def save(made: Machine, path: Path, **options: object) -> checkpoint.Summary:
+async def save(made: Machine, path: Path, **options: object) -> Summary:
     async with await connect(f"file:{path}") as file:
         with anyio.fail_after(30):
             return await checkpoint.save(made.device, file, **options)  # type: ignore[arg-type]
 
 
-async def restore(path: Path, made: Machine, **options: object) -> checkpoint.Summary:
+async def restore(path: Path, made: Machine, **options: object) -> Summary:
     async with await listen(f"file:{path}") as folder, await folder.accept() as file:
         with anyio.fail_after(30):
             return await checkpoint.restore(file, made.device, **options)  # type: ignore[arg-type]
@@ -67,7 +68,8 @@ async def test_a_busy_device_goes_into_a_file_and_comes_back(tmp_path: Path, lev
 
 async def test_zstd_and_zeros_make_it_smaller(tmp_path: Path) -> None:
     sizes = {}
-    for data, level in (("text", 0), ("text", 3), ("zeros", 0)):
+    cases: tuple[tuple[Data, int], ...] = (("text", 0), ("text", 3), ("zeros", 0))
+    for data, level in cases:
         async with machine(replace(SMALL, data=data)) as source:
             settings = Settings(chunk=64 * 1024, compression=level)
             sizes[data, level] = (await save(source, tmp_path / f"{data}{level}", settings=settings)).transferred

@@ -299,7 +299,7 @@ async def test_the_reports_of_rounds_make_sense() -> None:
     ],
 )
 async def test_what_does_not_fit_is_said_before_anything_moves(change: dict[str, object], problem: str) -> None:
-    async with machine() as source, machine(SMALL, seed=3, **change) as target:
+    async with machine() as source, machine(replace(SMALL, seed=3, **change)) as target:  # type: ignore[arg-type]
         before = target.digest
         error, theirs = await refuse(source, target)
         assert isinstance(error, PeerAborted)

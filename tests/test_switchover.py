@@ -28,7 +28,6 @@ from tests.interference import (
     cut_before,
     cut_inside,
     for_ever,
-    outcome,
     stalled_at,
     swallowed_from,
     taken_and_lost,

@@ -104,6 +104,14 @@ async def verify(transport: Transport, *, budget: int | None = None) -> Contents
     settings = Settings() if budget is None else Settings(budget=budget)
     session = TargetSession(chunk=min(limits.MAX_CONTENT, settings.budget // 5), answers=False)
     frames = FrameReader(transport, session, Budget(settings.budget, session.chunk))
+    try:
+        return await _read_all(frames, session)
+    except StreamError as error:
+        error.address = transport.address
+        raise
+
+
+async def _read_all(frames: FrameReader, session: TargetSession) -> Contents:
     decompressor = Decompressor()
     hello = None
     count = 0
@@ -145,32 +153,35 @@ def _inspect(path: Path) -> Contents:
     except OSError as error:
         raise TransportError(f"{where} can't be opened: {error.strerror}") from error
     try:
-        return _walk(fd, where)
+        return _walk(fd)
     except OSError as error:
         raise TransportError(f"{where} can't be read: {error.strerror}") from error
+    except StreamError as error:
+        error.address = where
+        raise
     finally:
         os.close(fd)
 
 
-def _walk(fd: int, where: str) -> Contents:
+def _walk(fd: int) -> Contents:
     size = os.fstat(fd).st_size
     session = TargetSession(chunk=limits.MAX_CONTENT, answers=False)
     raw = os.pread(fd, framing.PREFIX_SIZE, 0)
     if len(raw) < framing.PREFIX_SIZE:
-        raise StreamError(where, "is too short for a checkpoint")
+        raise StreamError("record 1", "is cut: the file is too short for a checkpoint")
     prefix = session.parse(raw)
     header = os.pread(fd, prefix.header_size, framing.PREFIX_SIZE)
     session.check(prefix, header, ())
     hello = session.receive(prefix, header)
     if not isinstance(hello, Hello):
-        raise StreamError(where, "does not start with HELLO")
+        raise StreamError("record 1", "is no HELLO, which a checkpoint starts with")
     seed = framing.session_seed(hello.session)
     sizes = dict.fromkeys(RecordType, 0)
     frames = rounds = 0
     offset, last = 0, RecordType.HELLO
     while offset + framing.PREFIX_SIZE <= size:
         raw = os.pread(fd, framing.PREFIX_SIZE, offset)
-        prefix = framing.parse_prefix(raw, seed if frames else 0, f"{where}, record {frames + 1}")
+        prefix = framing.parse_prefix(raw, seed if frames else 0, f"record {frames + 1}")
         if not records.is_known(prefix.type) or offset + prefix.frame_size > size:
             break
         last = RecordType(prefix.type)

@@ -90,13 +90,19 @@ class LocalProtocolError(ProtocolError):
 class StreamError(ProtocolError):
     """What came in is not a valid stream.
 
-    ``record`` names the record (type and sequence number) at which it stopped being one.
+    ``record`` names the record (type and sequence number) at which it stopped being one; ``address`` says where it came
+    from, as far as that is known.
     """
 
-    def __init__(self, record: str, problem: str) -> None:
+    def __init__(self, record: str, problem: str, address: str | None = None) -> None:
+        super().__init__(record, problem, address)
         self.record = record
         self.problem = problem
-        super().__init__(f"{record}: {problem}")
+        self.address = address
+
+    def __str__(self) -> str:
+        sentence = f"{self.record} {self.problem}"
+        return sentence if self.address is None else f"{self.address}: {sentence}"
 
 
 class PeerAborted(VfiostreamError):

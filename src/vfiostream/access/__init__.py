@@ -10,7 +10,7 @@ async def open_access(address: str, *, timeout: float = 60.0) -> Access:
     """Open the device at ``address``: ``vfio-user:SOCKET``, with the path of the socket its process listens on.
 
     ``timeout`` is how many seconds the device may take for one operation. Raises
-    :class:`~vfiostream.errors.UsageError` for anything else, and what the access itself raises.
+    :class:`~vfiostream.errors.UsageError` for any other address, and what the access itself raises.
     """
     scheme, _, rest = address.partition(":")
     if scheme == "vfio-user" and rest:

@@ -65,9 +65,10 @@ MAX_AREAS = 256
 MIN_TRANSFER = 8
 """A server that moves less at a time can't be given a whole register."""
 
-MAX_READ = 64 * 1024
 MAX_WRITE = MAX_BODY - REGION_ACCESS.size
-"""Bytes read from or written to a region with one message, where the server does not want less."""
+"""Bytes written to a region with one message: what we send is short for servers that receive it with one recv. What
+they send us may be as long as they agreed to, so reads are not cut short.
+"""
 
 _CAPABILITIES: dict[str, Any] = {
     "max_msg_fds": MAX_FDS,
@@ -103,7 +104,7 @@ class _ServerLimits:
     """What the server said it can do, within what we do."""
 
     max_transfer: int
-    """Bytes of data in one message, a multiple of 8. MAX_READ and MAX_WRITE hold too."""
+    """Bytes of data in one message, a multiple of 8; MAX_WRITE holds too."""
     max_fds: int
     """File descriptors that it takes with one message."""
     page_size: int
@@ -142,7 +143,7 @@ class VfioUserAccess(Access):
         return self._regions[index]
 
     async def read_into(self, index: int, offset: int, into: memoryview) -> None:
-        limit = min(self._server.max_transfer, MAX_READ)
+        limit = self._server.max_transfer
         head = bytearray(REGION_ACCESS.size)
         for start in range(0, len(into), limit):
             piece = into[start : start + limit]
@@ -384,7 +385,8 @@ async def _agree(channel: Channel, timeout: float) -> _ServerLimits:
         raise _broken(channel.name, f"sent a bad VERSION ({error})") from error
     if major != MAJOR or minor > MINOR:
         raise _broken(channel.name, f"answered version {MAJOR}.{MINOR} with {major}.{minor}")
-    max_transfer = _number(channel.name, said, "max_data_xfer_size", MIN_TRANSFER)
+    # A larger reply than we proposed would not be believed: see MAX_MESSAGE.
+    max_transfer = min(_number(channel.name, said, "max_data_xfer_size", MIN_TRANSFER), MAX_TRANSFER)
     page_sizes = _number(channel.name, said, "pgsizes", 1)
     return _ServerLimits(
         max_transfer=max_transfer & ~7,  # so that no aligned field is cut

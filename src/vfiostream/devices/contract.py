@@ -1,17 +1,19 @@
 """What a device that can move is, whatever interface its driver speaks.
 
-A device gives *captures*: ordered, opaque sequences of bytes of its memory (the first is the whole, later ones hold what
-changed since), and at the end its *config* in one piece. The target takes captures in the same order, cut wherever the
-stream cut them, and the config last. Every device passes the suite in ``tests/device_contract.py``.
+A device gives *captures*: ordered, opaque sequences of bytes of its memory (the first is the whole, later ones hold
+what changed since), and at the end its *config* in one piece. The target takes captures in the same order, cut
+wherever the stream cut them, and the config last. Every device passes the suite in ``tests/device_contract.py``.
 
 States, and the only legal order of calls::
 
     source   idle --start_precopy--> logging --stop--> stopped --release--> released
-             any of logging, stopped --resume--> idle
-    target   idle --start_load--> loading --run--> running
-             loading --abandon--> abandoned (stopped; never runs what it has)
+             any of these --resume--> idle
+    target   idle --start_load--> loading --finish_load--> loaded --run--> running
+             any of these --abandon--> abandoned (stopped; never runs what it has)
 
-After any failure or cancellation of a call, ``resume`` (source) or ``abandon`` (target) is in order.
+After any failure or cancellation of a call, only ``resume`` or ``release`` (source) and ``abandon`` (target) are in
+order. A driver may begin to report dirty guest pages only when the first capture has been read: ``merge_dirty`` comes
+after it, and guest memory is first read after it.
 """
 
 from __future__ import annotations
@@ -83,8 +85,8 @@ class Device(ABC):
 
     @abstractmethod
     async def read_into(self, into: memoryview) -> int:
-        """Copy the next bytes of the capture or config into ``into`` and return how many: all of ``into`` unless the capture ends
-        first; 0 at its end. The caller reads until 0.
+        """Copy the next bytes of the capture or config into ``into`` and return how many: all of ``into`` unless the
+        capture ends first; 0 at its end. The caller reads until 0.
         """
 
     @abstractmethod
@@ -116,8 +118,8 @@ class Device(ABC):
 
     @abstractmethod
     async def resume(self) -> None:
-        """The migration is off: stop tracking and run on. In order after any failed or cancelled call. It always tells the
-        driver to run: whoever calls it knows that no other copy does.
+        """The migration is off: stop tracking and run on. In order after any failed or cancelled call. It always
+        tells the driver to run: whoever calls it knows that no other copy does.
         """
 
     # ---- target
@@ -138,8 +140,9 @@ class Device(ABC):
 
     @abstractmethod
     async def write(self, data: Buffer) -> None:
-        """Take the next bytes of the capture or config. They reach the driver when a region is full or the capture ends, and then
-        only in order. More than the announced size is a :class:`~vfiostream.errors.LocalProtocolError`.
+        """Take the next bytes of the capture or config. They reach the driver when a region is full or the capture
+        ends, and then only in order. More than the announced size is a
+        :class:`~vfiostream.errors.LocalProtocolError`.
         """
 
     @abstractmethod

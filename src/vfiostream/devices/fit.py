@@ -6,8 +6,8 @@ from vfiostream.devices.contract import Device, DeviceDescription
 
 
 def mismatches(source: DeviceDescription, target: DeviceDescription) -> list[str]:
-    """Return why a device described by ``source`` does not fit into one described by ``target``, one sentence part each;
-    empty where nothing stands against it. The version is the driver's to judge: :func:`unfit` asks it.
+    """Return why a device described by ``source`` does not fit into one described by ``target``, one sentence part
+    each; empty where nothing stands against it. The version is the driver's to judge: :func:`unfit` asks it.
     """
     found = []
     if source.interface != target.interface:

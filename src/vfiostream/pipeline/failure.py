@@ -19,8 +19,9 @@ _ORDER: tuple[type[VfiostreamError], ...] = (PeerAborted, DeviceError, StreamErr
 """What says more about the cause comes first; that a link broke says least."""
 
 
-def cause(error: BaseException) -> BaseException:
-    """Return the one exception in ``error`` (a group or not) that the others follow from.
+def cause(error: BaseException, address: str | None = None) -> BaseException:
+    """Return the one exception in ``error`` (a group or not) that the others follow from. A StreamError is told the
+    ``address`` that the stream came from: the protocol does not know it.
 
     A defect of ours (anything that is not a VfiostreamError) is never hidden behind something else.
     """
@@ -30,6 +31,9 @@ def cause(error: BaseException) -> BaseException:
     if defects:
         return error if len(defects) > 1 else defects[0]
     expected = [leaf for leaf in leaves if isinstance(leaf, VfiostreamError)]
+    for leaf in expected:
+        if isinstance(leaf, StreamError) and leaf.address is None:
+            leaf.address = address
     for kind in _ORDER:
         for leaf in expected:
             if isinstance(leaf, kind) and not isinstance(leaf, TransportError):

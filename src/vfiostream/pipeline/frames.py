@@ -59,16 +59,16 @@ async def _fill(transport: Transport, view: memoryview, where: str, *, at_start:
         if got == 0:
             if at_start and done == 0:
                 return False
-            raise _cut(transport, f"{where} is cut: the stream ends after {done} of {len(view)} bytes")
+            raise _cut(transport, where, f"is cut: the stream ends after {done} of {len(view)} bytes")
         done += got
     return True
 
 
-def _cut(transport: Transport, problem: str) -> Exception:
+def _cut(transport: Transport, where: str, problem: str) -> Exception:
     """The stream ended: over a link the peer is gone, in a file something is missing."""
     if transport.answers:
-        return ConnectionLost(f"{transport.address}: {problem}; the other end is gone")
-    return StreamError(transport.address, problem)
+        return ConnectionLost(f"{transport.address}: {where} {problem}; the other end is gone")
+    return StreamError(where, problem, transport.address)
 
 
 class FrameReader:
@@ -116,11 +116,11 @@ class FrameReader:
     async def expect_end(self) -> None:
         """The stream must end here; raises :class:`~vfiostream.errors.StreamError`."""
         if await _fill(self._transport, memoryview(self._prefix)[:1], "the end", at_start=True):
-            raise StreamError(self._transport.address, "goes on after its COMMIT: the file is damaged")
+            raise StreamError("the stream", "goes on after its COMMIT: the file is damaged", self._transport.address)
 
     def ended(self) -> Exception:
         """What to raise where :meth:`read` returned None too early."""
-        return _cut(self._transport, f"the stream ends where {self._session.next_record} should come")
+        return _cut(self._transport, self._session.next_record, "is missing: the stream ends where it should come")
 
 
 async def read_reply(transport: Transport, session: SourceSession) -> Record | None:

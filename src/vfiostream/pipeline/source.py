@@ -170,7 +170,7 @@ class Source:
             await self._let_go()
             raise
         except BaseException as error:
-            instead = await self._recover(failure.cause(error))
+            instead = await self._recover(failure.cause(error, self._transport.address))
             if instead is error:
                 raise
             raise instead from None

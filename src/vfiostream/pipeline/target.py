@@ -131,7 +131,7 @@ class Target:
             await self._transfer()
             await self._await_commit()
         except BaseException as error:
-            instead = await self._abandon(failure.cause(error))
+            instead = await self._abandon(failure.cause(error, self._transport.address))
             if instead is error:
                 raise
             raise instead from None
