@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from vfiostream.buffers import Buffer
+from vfiostream.errors import UsageError
 from vfiostream.uapi.four_region import (
     INTERFACE_VERSION,
     MAX_VERSION,
@@ -125,12 +126,16 @@ class ReferenceDevice:
             self.caps |= Caps.SYSTEM_MEMORY
         self.state = State.RUNNING
         self._faults = FaultPlan(settings.faults)
-        self._closed = threading.Event()
+        self._closed = False
+        self._interrupted = threading.Event()
         self._lock = threading.Condition()
         self._memory = memoryview(b"")
         if settings.memory:
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
-            self._memory = memoryview(mmap.mmap(-1, settings.memory, flags))
+            try:
+                self._memory = memoryview(mmap.mmap(-1, settings.memory, flags))
+            except (OSError, OverflowError) as error:
+                raise UsageError(f"there is no room for {settings.memory} bytes of device memory: use less") from error
         self._config = b""
         self._saving = Saving(self._memory, settings.memory_region)
         self._guest = GuestMemory()
@@ -226,9 +231,10 @@ class ReferenceDevice:
 
     def close(self) -> None:
         """Let go of everything; a call that waits in another thread ends with ENODEV. May be called again."""
-        if self._closed.is_set():
+        if self._closed:
             return
-        self._closed.set()
+        self._closed = True
+        self.interrupt()
         self.workload.close()
         self.client_gone()
         for region in self.regions:
@@ -310,8 +316,14 @@ class ReferenceDevice:
         if cap not in self.caps:
             raise OSError(errno.EOPNOTSUPP, f"this device does not have {cap.name}")
 
+    def interrupt(self) -> None:
+        """End what takes its time now, and let nothing take time any more: the device is about to be closed. For any
+        thread.
+        """
+        self._interrupted.set()
+
     def _take_time(self, seconds: float) -> None:
-        if seconds and self._closed.wait(seconds):
+        if seconds and self._interrupted.wait(seconds):
             raise OSError(errno.ENODEV, "the device was closed")
 
     def _set_state(self, value: int) -> None:

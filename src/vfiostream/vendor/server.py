@@ -381,19 +381,28 @@ def _remove_stale(path: str) -> None:
 def serve(settings: Settings, socket_path: str, ready: Callable[[], None] | None = None) -> None:
     """Serve one reference device at ``socket_path`` until SIGINT or SIGTERM; then remove the socket and return.
 
-    ``ready`` is called when clients can connect. For the main thread, since it sets the action of both signals while it
-    runs. Raises UsageError when there is no way to listen.
+    ``ready`` is called when clients can connect. For the main thread of a program that has no other threads yet: both
+    signals are blocked while it runs. Raises UsageError when there is no way to listen.
     """
-    # Both as KeyboardInterrupt: SIGINT, too, as a shell starts background jobs with SIGINT ignored.
-    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    signals = {signal.SIGINT, signal.SIGTERM}
+    # Waited for by a thread, not handled: a handler that runs just before a blocking call can't end that call. The
+    # threads that start from here on inherit the mask. A blocked signal comes even where a shell had it ignored.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         device = ReferenceDevice(settings)
         with contextlib.closing(device), contextlib.closing(Server(device, socket_path)) as server:
+
+            def wait_for_signal() -> None:
+                signal.sigwait(signals)
+                logger.info("%s: stopped by a signal", socket_path)
+                device.interrupt()
+                server.close()
+
+            waiter = threading.Thread(target=wait_for_signal, daemon=True)
+            waiter.start()
             if ready is not None:
                 ready()
             server.serve_forever()
-    except KeyboardInterrupt:
-        logger.info("%s: stopped by a signal", socket_path)
+            waiter.join()
     finally:
-        for number, action in before.items():
-            signal.signal(number, action)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
