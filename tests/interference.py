@@ -43,7 +43,7 @@ TINY = replace(SMALL, memory=256 * 1024, memory_region=64 * 1024, config=1024, c
 """A device of four chunks that stands still: its migration takes the same frames every time."""
 AREA = (0, 16 * 4096)
 QUICK = Settings(chunk=65536, budget=2 * MIB, patience=5)
-HASTY = replace(QUICK, patience=0.2)
+HASTY = replace(QUICK, patience=0.3)
 """For tests in which the patience has to end."""
 
 Action = Callable[[], Awaitable[None]]

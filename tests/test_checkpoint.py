@@ -84,7 +84,7 @@ async def test_an_incomplete_file_is_told_by_inspect_and_refused_by_verify(tmp_p
         await save(source, path)
     path.write_bytes(path.read_bytes()[:-49])  # The COMMIT.
     assert not (await checkpoint.inspect(path)).complete
-    with pytest.raises(StreamError, match="the stream ends where record"):
+    with pytest.raises(StreamError, match="the stream ends where it should come"):
         await verify(path)
 
 

@@ -46,7 +46,7 @@ from vfiostream.errors import (
     StreamError,
     TransportError,
 )
-from vfiostream.pipeline import frames, source as source_module
+from vfiostream.pipeline import frames, outbound
 from vfiostream.pipeline.progress import Summary
 from vfiostream.policy import RoundReport, Verdict
 from vfiostream.uapi.four_region import State
@@ -61,7 +61,7 @@ Kind = Callable[[str | int], Interference]
 @pytest.fixture(autouse=True)
 def no_long_goodbyes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last words of an end that gave up may take as long as they need, to somebody who does not listen too."""
-    for module in (frames, source_module):
+    for module in (frames, outbound):
         monkeypatch.setattr(module, "LINGER", 0.5)
 
 
@@ -170,7 +170,7 @@ async def test_row_01_nobody_answers() -> None:
     async with world() as made:
         await made.migrate(out=swallowed_from("HELLO"), settings=HASTY)
         check(1, made)
-        assert "nobody answered within 0.2 s" in str(made.source.error)
+        assert "nobody answered within 0.3 s" in str(made.source.error)
 
 
 @loss(
@@ -222,9 +222,10 @@ async def test_row_04_loss_before_everything_is_known_to_be_loaded(direction: st
         assert made.source.guest.told[-1] == "resume"
 
 
-async def test_row_05_loss_before_the_commit_was_taken() -> None:
+@loss(("out", cut_before, "COMMIT"), ("back", cut_after, "ACK loaded"))
+async def test_row_05_loss_before_the_commit_was_taken(direction: str, kind: Kind, frame: str) -> None:
     async with world() as made:
-        await lose(5, made, "out", cut_before, "COMMIT")
+        await lose(5, made, direction, kind, frame)
         assert isinstance(made.source.result, ConnectionLost)
         assert isinstance(made.target.result, ConnectionLost)
         assert "after finish_load" in made.target.trace.points
@@ -243,7 +244,7 @@ async def test_row_06_the_commit_is_swallowed_and_so_is_every_answer() -> None:
     async with world() as made:
         await made.migrate(out=swallowed_from("COMMIT"), back=swallowed_from("ABORT"), settings=HASTY)
         check(6, made)
-        assert "did not commit within 0.2 s" in str(made.target.error)
+        assert "did not commit within 0.3 s" in str(made.target.error)
 
 
 async def test_row_06_the_link_does_not_take_the_commit() -> None:
@@ -572,7 +573,7 @@ async def test_row_21_the_target_hangs_while_the_source_is_stopped(point: str) -
         await made.migrate(settings=HASTY)
         check(21, made)
         assert isinstance(made.target.result, PeerAborted)
-        assert "took nothing for 0.2 s while the source was stopped" in str(made.source.error)
+        assert "took nothing for 0.3 s while the source was stopped" in str(made.source.error)
         assert made.source.guest.told[-1] == "resume"
 
 
@@ -625,7 +626,7 @@ async def test_row_23_the_commit_comes_after_the_target_s_patience() -> None:
         await made.migrate(out=out, back=back, theirs=HASTY)
         check(23, made)
         assert isinstance(made.source.result, PeerAborted)
-        assert "did not commit within 0.2 s" in made.source.result.reason
+        assert "did not commit within 0.3 s" in made.source.result.reason
         assert "before run" not in made.target.trace.points
         assert made.source.guest.told[-1] == "resume"
 

@@ -13,7 +13,6 @@ import logging
 import math
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Protocol
 
@@ -35,13 +34,13 @@ from vfiostream.errors import (
 )
 from vfiostream.guest import Guest, GuestRange
 from vfiostream.pipeline import describe, failure
-from vfiostream.pipeline.budget import Budget, Lease
-from vfiostream.pipeline.frames import LINGER, Pace, part, read_reply
+from vfiostream.pipeline.budget import Lease
+from vfiostream.pipeline.frames import part, read_reply
+from vfiostream.pipeline.outbound import COMPRESSORS, Outbound
 from vfiostream.pipeline.progress import Downtime, Progress, Summary
 from vfiostream.pipeline.settings import Settings
 from vfiostream.policy import RoundReport, Verdict
-from vfiostream.protocol import framing, limits
-from vfiostream.protocol.payload import Compressor, bound, is_zero
+from vfiostream.protocol import limits
 from vfiostream.protocol.records import (
     Abort,
     Ack,
@@ -54,7 +53,6 @@ from vfiostream.protocol.records import (
     Memory,
     Pages,
     Pci,
-    Record,
     Round,
     RoundEnd,
     State,
@@ -65,14 +63,6 @@ from vfiostream.transports.contract import Transport
 
 log = logging.getLogger("vfiostream.pipeline")
 
-COMPRESSORS = 2
-GRACE = 0.5
-"""Seconds that a frame which is under way may take to end when everything is called off: a torn one would leave no
-way to say why.
-"""
-_HEADER_ROOM = 256
-"""More than the header of any record that costs credit takes."""
-
 
 class Policy(Protocol):
     """When to stop the source; :class:`vfiostream.policy.Precopy` is one."""
@@ -82,20 +72,6 @@ class Policy(Protocol):
         """Seconds from the start after which precopy is given up, even within a round; None for never."""
 
     def judge(self, report: RoundReport) -> Verdict: ...
-
-
-@dataclass(slots=True, eq=False)
-class _Outgoing:
-    """A record on its way out."""
-
-    record: Record
-    lease: Lease | None = None
-    """Its content; given back when it is sent."""
-    payload: Buffer = b""
-    flags: int = 0
-    ready: anyio.Event | None = None
-    """Set when it is compressed; None where nothing has to be waited for."""
-    sent: anyio.Event = field(default_factory=anyio.Event)
 
 
 class Source:
@@ -117,35 +93,17 @@ class Source:
         self._policy = policy
         self._settings = settings
         self._progress = progress
-        self._budget = Budget(settings.budget, settings.chunk)
         hello = describe.hello(secrets.token_bytes(16), self._devices, self._ranges, settings)
         self._session = SourceSession(hello, answers=transport.answers)
         self._hello = hello
-        self._pace = Pace(settings.max_bandwidth)
+        self._line = Outbound(transport, self._session, settings, progress)
         self._captures = dict.fromkeys((stream for stream, _ in self._devices), 0)
-        self._content = 0
         self._round = 0
         self._tracking = False
         self._started = False
         """The devices were told to track: whatever happens now, they have to be told to run on."""
         self._paused = False
         self._stopped_at = math.inf
-        self._moved_at = 0.0
-        """When the target last took or said something, or was given something to take after a time without."""
-        self._owed = 0
-        """Frames that the target has not taken yet, and the answer to END."""
-        self._whole = True
-        """Whether every frame that was made went out whole; if not, the link can't say anything more."""
-        self._in_flight: anyio.CancelScope | None = None
-        self._send_until = math.inf
-        """When a frame that is under way is given up; set when everything is called off, or done."""
-        self._credit = anyio.Event()
-        self._unsent: MemoryObjectSendStream[_Outgoing]
-        self._to_send: MemoryObjectReceiveStream[_Outgoing]
-        self._unsent, self._to_send = anyio.create_memory_object_stream[_Outgoing](math.inf)
-        self._raw: MemoryObjectSendStream[_Outgoing]
-        self._to_compress: MemoryObjectReceiveStream[_Outgoing]
-        self._raw, self._to_compress = anyio.create_memory_object_stream[_Outgoing](math.inf)
         self._ack: MemoryObjectSendStream[Ack]
         self._acks: MemoryObjectReceiveStream[Ack]
         self._ack, self._acks = anyio.create_memory_object_stream[Ack](math.inf)
@@ -175,18 +133,19 @@ class Source:
                 raise
             raise instead from None
         finally:
-            for stream in (self._unsent, self._to_send, self._raw, self._to_compress, self._ack, self._acks):
-                stream.close()
+            self._line.close()
+            self._ack.close()
+            self._acks.close()
         if self._transport.answers:
             await self._let_go()
         self._progress.phase = "done"
         return Summary(
             self._round,
-            self._content,
+            self._line.content,
             self._progress.transferred,
             anyio.current_time() - self._began,
             downtime,
-            self._budget.peak,
+            self._line.budget.peak,
             tuple(self._warnings),
         )
 
@@ -195,7 +154,7 @@ class Source:
     async def _greet(self) -> None:
         head, _ = self._session.send(self._hello)
         with anyio.move_on_after(self._settings.patience) as scope:
-            await self._hand_over([head])
+            await self._line.hand_over([head])
             if not self._transport.answers:
                 return
             match await read_reply(self._transport, self._session):
@@ -218,19 +177,17 @@ class Source:
     async def _transfer(self) -> Downtime:
         """Everything up to the point where the target has loaded and checked all, or the file holds all."""
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._send_all)
-            if self._settings.compression and "zstd" in self._session.features:
+            tasks.start_soon(self._line.send_all)
+            if self._line.compresses:
                 for _ in range(COMPRESSORS):
-                    tasks.start_soon(self._compress_all)
+                    tasks.start_soon(self._line.compress_all)
             if self._transport.answers:
                 tasks.start_soon(self._listen)
                 tasks.start_soon(self._watch)
             try:
                 downtime = await self._produce()
             finally:
-                self._send_until = anyio.current_time() + GRACE
-                if self._in_flight is not None:
-                    self._in_flight.deadline = self._send_until
+                self._line.call_off()
             tasks.cancel_scope.cancel()
         return downtime
 
@@ -259,10 +216,10 @@ class Source:
         total, previous = 0, None
         while True:
             collected = anyio.current_time() - self._began
-            before = self._content
+            before = self._line.content
             await self._send_round()
             ended = anyio.current_time() - self._began
-            content = self._content - before
+            content = self._line.content - before
             total = total or content
             report = RoundReport(self._round, content, total, collected, ended, previous)
             previous = collected
@@ -284,14 +241,14 @@ class Source:
     async def _stop_and_copy(self) -> Downtime:
         times = [anyio.current_time()]
         self._progress.phase = "stop-and-copy"
-        self._moved_at = self._stopped_at = times[0]
+        self._line.moved_at = self._stopped_at = times[0]
         self._paused = True
         await self._guest.pause()
         times.append(anyio.current_time())
         for _, device in self._devices:
             await device.stop()
         times.append(anyio.current_time())
-        self._put(State())
+        self._line.put(State())
         await self._send_round(last=True)
         times.append(anyio.current_time())
         for stream, device in self._devices:
@@ -301,9 +258,9 @@ class Source:
             await self._resume()
             times += [times[-1], anyio.current_time()]
             self._progress.phase = "finishing"
-        end = self._put(End(self._round, self._content))
+        end = self._line.put(End(self._round, self._line.content))
         if self._transport.answers:
-            self._owed += 1
+            self._line.owed += 1  # The answer to END.
             await self._acks.receive()
             times += [anyio.current_time()] * 2
             self._progress.phase = "switchover"
@@ -315,13 +272,13 @@ class Source:
         self._round += 1
         self._progress.round = self._round
         self._progress.round_content = 0
-        self._put(Round(self._round))
+        self._line.put(Round(self._round))
         for stream, device in self._devices:
             if device.description.device_memory:
                 await self._send_capture(stream, device)
         for stream, area in self._ranges:
             await self._send_pages(stream, area)
-        end = self._put(RoundEnd(self._round))
+        end = self._line.put(RoundEnd(self._round))
         if last:
             return
         if self._transport.answers:
@@ -332,30 +289,30 @@ class Source:
     async def _send_capture(self, stream: int, device: Device) -> None:
         size = await device.capture()
         self._captures[stream] += 1
-        self._put(Capture(stream, self._captures[stream], size))
+        self._line.put(Capture(stream, self._captures[stream], size))
         pos = 0
         while pos < size:
             lease = await self._read(device, min(self._session.chunk, size - pos))
-            self._put(Memory(stream, pos), lease)
+            self._line.put(Memory(stream, pos), lease)
             pos += len(lease.view)
         await self._read_end(device)
 
     async def _send_config(self, stream: int, device: Device) -> None:
         pci = await device.read_pci_config()
         if pci is not None:
-            lease = await self._take(len(pci))
+            lease = await self._line.take(len(pci))
             lease.view[:] = pci
-            self._put(Pci(stream), lease)
+            self._line.put(Pci(stream), lease)
         size = await device.capture_config() if device.description.config_size else 0
         pos = 0
         while pos < size:
             lease = await self._read(device, min(self._session.chunk, size - pos))
-            self._put(Config(stream, pos, size), lease)
+            self._line.put(Config(stream, pos, size), lease)
             pos += len(lease.view)
         await self._read_end(device)
 
     async def _read(self, device: Device, size: int) -> Lease:
-        lease = await self._take(size)
+        lease = await self._line.take(size)
         got = await device.read_into(lease.view)
         if got != size:
             raise DeviceBroken(f"{device.name}: the device's state ends {size - got} bytes before the size it told")
@@ -382,96 +339,23 @@ class Source:
             runs = _accel.bitmap_runs(bits, pages)
             if not runs:
                 continue
-            lease = await self._take(len(bits))
+            lease = await self._line.take(len(bits))
             lease.view[:] = bits
-            self._put(Bitmap(stream, page, pages), lease)
+            self._line.put(Bitmap(stream, page, pages), lease)
             memory = area.view[page * limits.PAGE_SIZE : (page + pages) * limits.PAGE_SIZE]
             left = sum(runs[1::2]) * limits.PAGE_SIZE
             pos = index = skip = 0
             while left:
-                lease = await self._take(min(left, self._session.chunk // limits.PAGE_SIZE * limits.PAGE_SIZE))
+                lease = await self._line.take(min(left, self._session.chunk // limits.PAGE_SIZE * limits.PAGE_SIZE))
                 filled, index, skip = _accel.gather(memory, runs, index, skip, lease.view, limits.PAGE_SIZE)
-                self._put(Pages(stream, pos), lease)
+                self._line.put(Pages(stream, pos), lease)
                 pos += filled
                 left -= filled
-
-    async def _take(self, size: int) -> Lease:
-        return await self._budget.take(size, bound(size) if self._settings.compression else 0)
-
-    def _put(self, record: Record, lease: Lease | None = None) -> _Outgoing:
-        """Put a record in line; its lease is the line's from here on."""
-        item = _Outgoing(record, lease)
-        if not self._owed:
-            self._moved_at = anyio.current_time()
-        self._owed += 1
-        if lease is not None:
-            if not isinstance(record, Bitmap):
-                self._content += len(lease.view)
-                self._progress.content = self._content
-                self._progress.round_content += len(lease.view)
-            item.payload = lease.view
-            if not isinstance(record, Bitmap) and is_zero(lease.view):
-                item.payload, item.flags = b"", framing.FLAG_ZERO
-            elif self._settings.compression and "zstd" in self._session.features:
-                item.ready = anyio.Event()
-                self._raw.send_nowait(item)
-        self._unsent.send_nowait(item)
-        return item
-
-    async def _compress_all(self) -> None:
-        compressor = Compressor(self._settings.compression)
-        async for item in self._to_compress:
-            packed = await anyio.to_thread.run_sync(compressor.compress, item.payload)
-            if packed is not None:
-                item.payload, item.flags = packed, framing.FLAG_ZSTD
-            assert item.ready is not None
-            item.ready.set()
-
-    async def _send_all(self) -> None:
-        async for item in self._to_send:
-            if item.ready is not None:
-                await item.ready.wait()
-            size = framing.PREFIX_SIZE + _HEADER_ROOM + len(item.payload)
-            while not self._session.affords(size):
-                self._credit = anyio.Event()
-                await self._credit.wait()
-            await self._pace.wait(size)
-            content = len(item.lease.view) if item.lease is not None else 0
-            bitmap = item.lease.view if item.lease is not None and isinstance(item.record, Bitmap) else None
-            buffers = self._session.send(
-                item.record, item.payload, flags=item.flags, content_size=content, bitmap=bitmap
-            )
-            try:
-                with anyio.CancelScope(shield=True, deadline=self._send_until) as self._in_flight:
-                    await self._hand_over(buffers)
-                if self._in_flight.cancelled_caught:
-                    await anyio.sleep_forever()  # Called off: this task is about to be cancelled.
-            except ConnectionLost:
-                # The target may have said why before it closed: the listener finds that, and cancels this.
-                with anyio.move_on_after(LINGER if self._transport.answers else 0):
-                    await anyio.sleep_forever()
-                raise
-            finally:
-                self._in_flight = None
-            self._owed -= 1
-            self._moved_at = anyio.current_time()
-            item.payload = b""
-            if item.lease is not None:
-                item.lease.release()
-            item.sent.set()
-
-    async def _hand_over(self, buffers: Sequence[Buffer]) -> None:
-        """Send a frame that the session has made."""
-        self._whole = False
-        await self._transport.send(buffers)
-        self._whole = True
-        self._progress.transferred += sum(map(len, buffers))
 
     async def _listen(self) -> None:
         while True:
             record = await read_reply(self._transport, self._session)
-            self._moved_at = anyio.current_time()
-            self._credit.set()
+            self._line.credit_came()
             match record:
                 case Credit():
                     pass
@@ -490,8 +374,8 @@ class Source:
         """
         while True:
             now = anyio.current_time()
-            limit = max(self._moved_at, self._stopped_at) + self._settings.patience
-            if self._stopped_at == math.inf or not self._owed:
+            limit = max(self._line.moved_at, self._stopped_at) + self._settings.patience
+            if self._stopped_at == math.inf or not self._line.owed:
                 limit = now + self._settings.patience
             elif now >= limit:
                 raise ConnectionLost(
@@ -515,7 +399,7 @@ class Source:
             head, _ = self._session.send(Commit())
             try:
                 with anyio.fail_after(self._settings.patience):
-                    await self._hand_over([head])
+                    await self._line.hand_over([head])
                 with anyio.fail_after(2 * self._settings.patience):
                     while True:
                         match await read_reply(self._transport, self._session):
@@ -552,7 +436,7 @@ class Source:
     async def _store(self) -> None:
         """Make the checkpoint whole: the source runs already."""
         head, _ = self._session.send(Commit())
-        await self._hand_over([head])
+        await self._line.hand_over([head])
         await self._transport.finish()
 
     # ---- instead: the source runs on
@@ -599,7 +483,7 @@ class Source:
 
     def _last_words(self, error: BaseException) -> Buffer:
         """The ABORT that tells the target why; nothing where it knows, or can't be told."""
-        if isinstance(error, PeerAborted) or not self._whole:
+        if isinstance(error, PeerAborted) or not self._line.whole:
             return b""
         head, _ = self._session.send(
             Abort(failure.abort_code(error), failure.reason(failure.told(error)), stopped=False)
