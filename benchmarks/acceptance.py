@@ -1,8 +1,9 @@
 """Move a busy reference device between real processes in the ways users do, and say what was seen.
 
-Every scenario starts two ``vfiostream device serve`` processes and moves one device to the other with the command line, then
-compares the digests that the devices themselves give (BAR 0) and the files of guest memory: a difference ends it. Prints a table; ``--json``
-prints one object a scenario. What it measures ran on the reference device, in processes of one machine: it is no hardware.
+Every scenario starts two ``vfiostream device serve`` processes and moves one device to the other with the command
+line, then compares the digests that the devices themselves give (BAR 0) and the files of guest memory: a difference
+ends it. Prints a table; ``--json`` prints one object a scenario. What it measures ran on the reference device, in
+processes of one machine: it is no hardware.
 
     .venv/bin/python benchmarks/acceptance.py [--memory 1GiB] [--guest 512MiB] [--rate 100MiB] [--only NAME]
 """
@@ -88,7 +89,8 @@ class Watch:
 @contextmanager
 def device(socket: Path, *options: str) -> Iterator[None]:
     """A reference device in a process of its own."""
-    process = subprocess.Popen([*VFIOSTREAM, "device", "serve", str(socket), *options], stdout=subprocess.PIPE, text=True)
+    words = [*VFIOSTREAM, "device", "serve", str(socket), *options]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         if "serving" not in process.stdout.readline():
@@ -180,7 +182,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if not options.json:
-        print(f"reference device of {options.memory}, guest memory of {options.guest}, each written at {options.rate}/s")
+        print(
+            f"reference device of {options.memory}, guest memory of {options.guest}, both written at {options.rate}/s\n"
+        )
         print("| scenario | rounds | content MiB | seconds | MiB/s | downtime ms | peak MiB sender | receiver |")
         print("|---|---|---|---|---|---|---|---|")
     for scenario in SCENARIOS:
