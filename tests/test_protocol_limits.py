@@ -79,8 +79,8 @@ def later(type_: RecordType, **changes: int) -> bytes:
         ({"magic": 0}, "magic number"),
         ({"version": 2}, "format 2"),
         ({"version": 0}, "format 0"),
-        ({"type": 0}, "record 1 of type 0: is not part of this format"),
-        ({"type": 17}, "record 1 of type 17: is not part of this format"),
+        ({"type": 0}, "record 1 of type 0 is not part of this format"),
+        ({"type": 17}, "record 1 of type 17 is not part of this format"),
         ({"flags": 3, "payload_size": 1, "content_size": 2}, "unknown flags 0x03"),
         ({"flags": 4}, "unknown flags 0x04"),
         ({"sequence": 0}, "out of order"),
@@ -597,7 +597,7 @@ def test_deep_nesting_instead_of_a_header(type_: RecordType) -> None:
 def test_a_bad_header_is_named_by_the_session() -> None:
     pair = Pair.greeted(hello())
     frame = b"".join(pack_frame(RecordType.ROUND, 0, 2, nested(1000), b"", 0, 0, SEED))
-    with pytest.raises(StreamError, match=r"^ROUND record 2: has a bad header"):
+    with pytest.raises(StreamError, match=r"^ROUND record 2 has a bad header"):
         take(pair.target, frame)
 
 
@@ -605,7 +605,7 @@ def test_the_body_is_checked_before_it_is_decoded() -> None:
     pair = Pair.greeted(hello())
     frame = bytearray(pair.forged(raw(Round(1))))
     frame[PREFIX_SIZE:] = b"\xc1" * (len(frame) - PREFIX_SIZE)
-    with pytest.raises(StreamError, match=r"^ROUND record 2: has content that does not match its check value$"):
+    with pytest.raises(StreamError, match=r"^ROUND record 2 has content that does not match its check value$"):
         take(pair.target, bytes(frame))
 
 

@@ -15,7 +15,7 @@ import anyio
 from vfiostream.devices.contract import Device
 from vfiostream.errors import StreamError, TransportError, UsageError
 from vfiostream.guest import Guest
-from vfiostream.pipeline.budget import Budget
+from vfiostream.pipeline.budget import Budget, largest_chunk
 from vfiostream.pipeline.frames import FrameReader
 from vfiostream.pipeline.progress import Progress, Summary
 from vfiostream.pipeline.settings import Settings
@@ -102,7 +102,7 @@ async def verify(transport: Transport, *, budget: int | None = None) -> Contents
     :class:`~vfiostream.errors.StreamError` naming the first record that is wrong.
     """
     settings = Settings() if budget is None else Settings(budget=budget)
-    session = TargetSession(chunk=min(limits.MAX_CONTENT, settings.budget // 5), answers=False)
+    session = TargetSession(chunk=largest_chunk(settings.budget), answers=False)
     frames = FrameReader(transport, session, Budget(settings.budget, session.chunk))
     try:
         return await _read_all(frames, session)

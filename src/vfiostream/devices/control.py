@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from types import MappingProxyType
 
 from vfiostream.access.contract import Access
-from vfiostream.errors import DeviceRefused
+from vfiostream.errors import DeviceLost, DeviceRefused, DeviceTimeout
 from vfiostream.uapi.four_region import Action, ControlLayout, State
 
 logger = logging.getLogger("vfiostream.device")
@@ -30,12 +30,14 @@ _NO_HINTS: Mapping[int, str] = MappingProxyType({})
 
 @contextmanager
 def operation(device: str, what: str, hints: Mapping[int, str] = _NO_HINTS) -> Iterator[None]:
-    """Trace one operation on ``device``, and name it ``what`` if the driver refuses it; ``hints`` by errno."""
+    """Trace one operation on ``device``, and name it ``what`` if it fails; ``hints`` by errno of a refusal."""
     logger.debug("%s: %s", device, what)
     try:
         yield
     except DeviceRefused as error:
         raise DeviceRefused(device, what, error.errno, hints.get(error.errno, "")) from error
+    except (DeviceLost, DeviceTimeout) as error:
+        raise type(error)(f"{what}: {error}") from error
 
 
 class Control:

@@ -54,7 +54,6 @@ def abort_code(error: BaseException) -> str:
         (StreamError, "stream"),
         (Incompatible, "incompatible"),
         (NotConverged, "not-converged"),
-        (TimeoutError, "timeout"),
         (anyio.get_cancelled_exc_class(), "cancelled"),
     ):
         if isinstance(error, kind):

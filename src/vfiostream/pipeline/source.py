@@ -14,6 +14,7 @@ import math
 import secrets
 from collections.abc import Sequence
 from itertools import pairwise
+from time import monotonic
 from typing import Protocol
 
 import anyio
@@ -114,14 +115,14 @@ class Source:
         source was made to run on; :class:`~vfiostream.errors.OutcomeUnknown` or
         :class:`~vfiostream.errors.SourceStuck` where it does not run.
         """
-        self._began = anyio.current_time()
+        self._began = monotonic()
         try:
             await self._greet()
             downtime = await self._transfer()
             if self._transport.answers:
-                committed = anyio.current_time()
+                committed = monotonic()
                 await self._commit()
-                downtime = downtime._replace(start=anyio.current_time() - committed)
+                downtime = downtime._replace(start=monotonic() - committed)
             else:
                 await self._store()
         except OutcomeUnknown:
@@ -143,7 +144,7 @@ class Source:
             self._round,
             self._line.content,
             self._progress.transferred,
-            anyio.current_time() - self._began,
+            monotonic() - self._began,
             downtime,
             self._line.budget.peak,
             tuple(self._warnings),
@@ -215,10 +216,10 @@ class Source:
         """Rounds with the devices running, until the policy says stop."""
         total, previous = 0, None
         while True:
-            collected = anyio.current_time() - self._began
+            collected = monotonic() - self._began
             before = self._line.content
             await self._send_round()
-            ended = anyio.current_time() - self._began
+            ended = monotonic() - self._began
             content = self._line.content - before
             total = total or content
             report = RoundReport(self._round, content, total, collected, ended, previous)
@@ -239,30 +240,30 @@ class Source:
                 )
 
     async def _stop_and_copy(self) -> Downtime:
-        times = [anyio.current_time()]
+        times = [monotonic()]
         self._progress.phase = "stop-and-copy"
-        self._line.moved_at = self._stopped_at = times[0]
+        self._line.moved_at = self._stopped_at = anyio.current_time()
         self._paused = True
         await self._guest.pause()
-        times.append(anyio.current_time())
+        times.append(monotonic())
         for _, device in self._devices:
             await device.stop()
-        times.append(anyio.current_time())
+        times.append(monotonic())
         self._line.put(State())
         await self._send_round(last=True)
-        times.append(anyio.current_time())
+        times.append(monotonic())
         for stream, device in self._devices:
             await self._send_config(stream, device)
-        times.append(anyio.current_time())
+        times.append(monotonic())
         if not self._transport.answers:
             await self._resume()
-            times += [times[-1], anyio.current_time()]
+            times += [times[-1], monotonic()]
             self._progress.phase = "finishing"
         end = self._line.put(End(self._round, self._line.content))
         if self._transport.answers:
             self._line.owed += 1  # The answer to END.
             await self._acks.receive()
-            times += [anyio.current_time()] * 2
+            times += [monotonic()] * 2
             self._progress.phase = "switchover"
         else:
             await end.sent.wait()

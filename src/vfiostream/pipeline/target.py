@@ -13,6 +13,7 @@ import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from time import monotonic
 
 import anyio
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
@@ -125,7 +126,7 @@ class Target:
         """Load the devices and let them run; returns when they do. Raises what went wrong, with the devices stopped;
         :class:`~vfiostream.errors.OutcomeUnknown` where a driver left open whether it runs.
         """
-        self._began = anyio.current_time()
+        self._began = monotonic()
         try:
             await self._greet()
             await self._transfer()
@@ -144,7 +145,7 @@ class Target:
             self._session.rounds,
             self._progress.content,
             self._frames.transferred,
-            anyio.current_time() - self._began,
+            monotonic() - self._began,
             None,
             self._budget.peak,
             tuple(self._warnings),

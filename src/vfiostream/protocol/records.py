@@ -40,7 +40,7 @@ class RecordType(IntEnum):
 FEATURES = ("zstd",)
 """The features this side knows: payloads may be ZSTD."""
 
-ABORT_CODES = ("cancelled", "not-converged", "device", "incompatible", "stream", "timeout", "failed")
+ABORT_CODES = ("cancelled", "not-converged", "device", "incompatible", "stream", "failed")
 
 
 def _shown(value: Any) -> str:
