@@ -15,7 +15,7 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -848,18 +848,20 @@ async def test_reads_are_as_long_as_was_agreed_and_no_longer(said: dict[str, int
     assert counts == [1 << 20, 1 << 20, 8]
 
 
-@contextmanager
-def channel_pair() -> Iterator[tuple[Channel, Peer]]:
+@asynccontextmanager
+async def channel_pair(
+    serve: Callable[[int, memoryview], None] = lambda command, body: None,
+) -> AsyncIterator[tuple[Channel, Peer]]:
     """A channel without a device around it, and the other end of its socket."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with theirs:
         ours.setblocking(False)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        channel = Channel(ours, "vfio-user:test", lambda command, body: None)
+        channel = Channel(ours, "vfio-user:test", serve)
         try:
             yield channel, Peer(theirs)
         finally:
-            channel.close()
+            await channel.aclose()
 
 
 def fill(connected: socket.socket) -> int:
@@ -873,64 +875,67 @@ def fill(connected: socket.socket) -> int:
 
 
 async def test_a_message_is_not_sent_when_cancelled_before_its_first_byte() -> None:
-    with channel_pair() as (channel, peer), anyio.fail_after(GUARD):
-        filler = fill(channel._socket)
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(partial(channel.call, "the first call", Command.DEVICE_RESET, timeout=GUARD))
-            await anyio.wait_all_tasks_blocked()
-            tasks.cancel_scope.cancel()
-        assert peer._exactly(filler, []) == bytes(filler)
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(partial(channel.call, "the second call", Command.DMA_UNMAP, timeout=GUARD))
-            await anyio.wait_all_tasks_blocked()
-            peer.reply(peer.expect(Command.DMA_UNMAP))
+    with anyio.fail_after(GUARD):
+        async with channel_pair() as (channel, peer):
+            filler = fill(channel._socket)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(partial(channel.call, "the first call", Command.DEVICE_RESET, timeout=GUARD))
+                await anyio.wait_all_tasks_blocked()
+                tasks.cancel_scope.cancel()
+            assert peer._exactly(filler, []) == bytes(filler)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(partial(channel.call, "the second call", Command.DMA_UNMAP, timeout=GUARD))
+                await anyio.wait_all_tasks_blocked()
+                peer.reply(peer.expect(Command.DMA_UNMAP))
 
 
 async def test_a_message_is_sent_to_its_end_when_cancelled_within() -> None:
     data = pattern(MAX_BODY)
-    with channel_pair() as (channel, peer), anyio.fail_after(GUARD):
-        ended = anyio.Event()
+    with anyio.fail_after(GUARD):
+        async with channel_pair() as (channel, peer):
+            ended = anyio.Event()
 
-        async def call() -> None:
-            with anyio.CancelScope() as scope:
-                scopes.append(scope)
-                await channel.call("the first call", Command.REGION_WRITE, [data], timeout=GUARD)
-            assert scope.cancelled_caught
-            ended.set()
+            async def call() -> None:
+                with anyio.CancelScope() as scope:
+                    scopes.append(scope)
+                    await channel.call("the first call", Command.REGION_WRITE, [data], timeout=GUARD)
+                assert scope.cancelled_caught
+                ended.set()
 
-        scopes: list[anyio.CancelScope] = []
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(call)
-            await anyio.wait_all_tasks_blocked()
-            scopes[0].cancel()
-            await anyio.wait_all_tasks_blocked()
-            assert not ended.is_set()  # the rest can't be sent yet, and must be
-            message = await anyio.to_thread.run_sync(peer.receive)
-            assert message.body == data
-            await ended.wait()
-            # The reply is owed: it is read before the next command goes out.
-            tasks.start_soon(partial(channel.call, "the second call", Command.DEVICE_RESET, timeout=GUARD))
-            await anyio.wait_all_tasks_blocked()
-            assert peer.heard_nothing()
-            await anyio.to_thread.run_sync(peer.reply, message, bytes(99_999))
-            peer.reply(await anyio.to_thread.run_sync(peer.receive))
+            scopes: list[anyio.CancelScope] = []
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(call)
+                await anyio.wait_all_tasks_blocked()
+                scopes[0].cancel()
+                await anyio.wait_all_tasks_blocked()
+                assert not ended.is_set()  # the rest can't be sent yet, and must be
+                message = await anyio.to_thread.run_sync(peer.receive)
+                assert message.body == data
+                await ended.wait()
+                # The reply is owed: it is read before the next command goes out.
+                tasks.start_soon(partial(channel.call, "the second call", Command.DEVICE_RESET, timeout=GUARD))
+                await anyio.wait_all_tasks_blocked()
+                assert peer.heard_nothing()
+                await anyio.to_thread.run_sync(peer.reply, message, bytes(99_999))
+                peer.reply(await anyio.to_thread.run_sync(peer.receive))
 
 
 @pytest.mark.parametrize("why", ["cancelled", "too late"])
 async def test_a_message_that_cannot_be_finished_ends_the_connection(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vfio_user_channel, "FINISH_TIMEOUT", 0.02)
-    with channel_pair() as (channel, _peer), anyio.fail_after(GUARD):
-        call = partial(channel.call, "a call", Command.REGION_WRITE, [bytes(MAX_BODY)])
-        if why == "cancelled":
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(partial(call, timeout=GUARD))
-                await anyio.wait_all_tasks_blocked()
-                tasks.cancel_scope.cancel()
-        else:
-            with pytest.raises(DeviceTimeout, match="a call was not answered within 0.02 s"):
-                await call(timeout=0.02)
-        with pytest.raises(DeviceLost, match="the rest of its message could not be sent"):
-            await call(timeout=GUARD)
+    with anyio.fail_after(GUARD):
+        async with channel_pair() as (channel, _peer):
+            call = partial(channel.call, "a call", Command.REGION_WRITE, [bytes(MAX_BODY)])
+            if why == "cancelled":
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(partial(call, timeout=GUARD))
+                    await anyio.wait_all_tasks_blocked()
+                    tasks.cancel_scope.cancel()
+            else:
+                with pytest.raises(DeviceTimeout, match="a call was not answered within 0.02 s"):
+                    await call(timeout=0.02)
+            with pytest.raises(DeviceLost, match="the rest of its message could not be sent"):
+                await call(timeout=GUARD)
 
 
 # ---- replies that are owed
@@ -1033,6 +1038,52 @@ async def test_closing_while_a_call_waits() -> None:
             tasks.start_soon(waiting)
             await anyio.wait_all_tasks_blocked()
             await access.aclose()
+
+
+async def test_a_closed_connection_takes_no_wake_up_from_the_next_socket() -> None:
+    """The next one gets its descriptor, by which the event loop knows who waits."""
+
+    async def waiting(channel: Channel) -> None:
+        with pytest.raises(DeviceLost, match="it was closed"):
+            await channel.call("a reset", Command.DEVICE_RESET, timeout=GUARD)
+
+    async def send_byte(sock: socket.socket) -> None:
+        sock.send(b"x")
+
+    with no_fd_leaks(), anyio.fail_after(GUARD):
+        async with channel_pair() as (channel, _), anyio.create_task_group() as tasks:
+            number = channel._socket.fileno()
+            tasks.start_soon(waiting, channel)
+            await anyio.wait_all_tasks_blocked()
+            await channel.aclose()
+            second, second_peer = socket.socketpair()
+            with second, second_peer:
+                second.setblocking(False)
+                second_peer.setblocking(False)
+                assert number in (second.fileno(), second_peer.fileno())
+                one, other = (second, second_peer) if second.fileno() == number else (second_peer, second)
+                tasks.start_soon(send_byte, other)
+                await anyio.wait_readable(one)
+
+
+async def test_nobody_begins_to_wait_for_a_connection_that_is_being_closed() -> None:
+    """A call that has just answered a command of the server goes on to its reply, which nobody would wake it for."""
+    answered = anyio.Event()
+
+    def serve(command: int, body: memoryview) -> None:
+        answered.set()
+
+    async def waiting(channel: Channel) -> None:
+        with pytest.raises(DeviceLost, match="it was closed"):
+            await channel.call("a reset", Command.DEVICE_RESET, timeout=GUARD)
+
+    with no_fd_leaks(), anyio.fail_after(GUARD):
+        async with channel_pair(serve) as (channel, peer), anyio.create_task_group() as tasks:
+            tasks.start_soon(waiting, channel)
+            await anyio.wait_all_tasks_blocked()
+            peer.send(pack_message(1, Command.DMA_READ, b"", flags=FLAG_NO_REPLY))
+            await answered.wait()
+            await channel.aclose()
 
 
 async def test_cancelled_while_connecting() -> None:

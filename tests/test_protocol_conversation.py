@@ -70,7 +70,7 @@ class Conversation(RuleBasedStateMachine):
         super().__init__()
         self.devices = [
             Device(1, memory=True, pci=True, config=5),
-            Device(2, memory=True, pci=False, config=0),
+            Device(2, memory=True, pci=True, config=0),
             Device(3, memory=False, pci=False, config=CHUNK + 1),
         ]
         self.ranges = [Range(4, 20), Range(5, 3)]
@@ -122,7 +122,7 @@ class Conversation(RuleBasedStateMachine):
     )
     def get_somewhere(self, rounds: int, captured: int, then: str) -> None:
         """Start after some whole rounds: few conversations would get that far by chance."""
-        for number in range(rounds + (then == "last round")):
+        for number in range(rounds + (then == "send the last round")):
             if number == rounds:
                 self.stop()
             self.begin_round()
@@ -177,7 +177,7 @@ class Conversation(RuleBasedStateMachine):
         start = area.next + skipped
         pages = min(pages, area.pages - start)
         bits = sum(1 << page for page in range(0, pages, every))
-        if area.left or not bits:
+        if any(other.left for other in self.ranges) or not bits:
             return
         if self.say(raw(Bitmap(area.stream, start, pages), bits.to_bytes((pages + 7) // 8, "little"))):
             area.next = start + pages
@@ -199,16 +199,27 @@ class Conversation(RuleBasedStateMachine):
         for number in (0, 1):
             for _ in range(3):
                 self.memory(number, CHUNK, zero=True)
-            for start in (True, False):
+            if not self.devices[number].captures:
+                self.capture(number, 0)
+        for start in (True, False):
+            for number in (0, 1):
                 self.pages(number, 16, zero=True)
                 self.pages(number, 16, zero=True)
-                if start and self.rounds == 1:
-                    self.bitmap(number, 20, skipped=0, every=1)
+            for number in (0, 1) if start and self.rounds == 1 else ():
+                self.bitmap(number, 20, skipped=0, every=1)
+                self.pages(number, 16, zero=True)
+                self.pages(number, 16, zero=True)
 
     @property
     def complete(self) -> bool:
         left = [owed.left for owed in self.devices] + [area.left for area in self.ranges]
-        return not any(left) and (self.rounds != 1 or all(area.next == area.pages for area in self.ranges))
+        captured = all(owed.captures for owed in self.devices if owed.memory)
+        announced = all(area.next == area.pages for area in self.ranges)
+        return not any(left) and (self.rounds != 1 or (captured and announced))
+
+    @property
+    def configured(self) -> bool:
+        return all(not owed.pci and owed.config_pos == owed.config for owed in self.devices)
 
     @precondition(lambda self: self.source.phase in DATA_PHASES and self.complete)
     @rule()
@@ -230,9 +241,9 @@ class Conversation(RuleBasedStateMachine):
     @rule()
     def finish(self) -> None:
         """As far as the credit goes: all config, then END."""
-        for number in (0, 0, 2, 2):
+        for number in (0, 0, 1, 2, 2):
             self.config(number, CHUNK, zero=True)
-        if all(owed.config_pos == owed.config for owed in self.devices):
+        if self.configured:
             self.say(raw(End(self.rounds, self.content)))
 
     @precondition(lambda self: self.source.phase is Phase.LOADED)
@@ -298,7 +309,7 @@ class Conversation(RuleBasedStateMachine):
             raw(Capture(6, 1, 0)),
             raw(Memory(3, 0), b"d"),
             raw(Pages(1, 0), bytes(PAGE)),
-            raw(Pci(2), bytes(64)),
+            raw(Pci(3), bytes(64)),
             raw(Config(5, 0, 1), b"c"),
             raw(Config(3, self.devices[2].config_pos + 1, CHUNK + 1), b"c"),
             raw(Bitmap(4, 19, 2), b"\x03"),
@@ -320,11 +331,14 @@ class Conversation(RuleBasedStateMachine):
             ]
             if area.next:
                 frames.append(raw(Bitmap(area.stream, area.next - 1, 1), b"\x01"))
+            if area.next < area.pages and any(other.left for other in self.ranges):
+                frames.append(raw(Bitmap(area.stream, area.next, 1), b"\x01"))
         for step, frame in (
             (phase is Phase.OPEN, raw(State())),
             (phase in (Phase.OPEN, Phase.STOPPED), raw(Round(self.rounds + 1))),
             (phase in DATA_PHASES and self.complete, raw(RoundEnd(rounds))),
             (phase is Phase.CONFIG, raw(Config(2, 0, 1), b"c")),
+            (phase is Phase.CONFIG and self.configured, raw(End(rounds, self.content))),
             (phase is Phase.LOADED, raw(Commit())),
         ):
             if not step:

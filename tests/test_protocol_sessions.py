@@ -36,7 +36,7 @@ from vfiostream.protocol.records import (
 from vfiostream.protocol.sessions import LIVE, STORED, TARGET_STEPS, Phase, SourceSession, Step, TargetSession
 
 TABLES = {True: LIVE, False: STORED}
-# A device that owes nothing: whatever the table allows is complete at once.
+# A device that owes nothing but its first capture: after that, whatever the table allows is complete at once.
 FREE = hello(device(1, config_size=0))
 CREDIT = 1 << 30
 
@@ -47,7 +47,7 @@ def example(step: Step, rounds: int) -> Record:
         Step.HELLO: FREE,
         Step.WELCOME: welcome(credit=CREDIT),
         Step.ROUND: Round(rounds + 1),
-        Step.DATA: Capture(1, 1, 0),
+        Step.DATA: Capture(1, 2, 0),
         Step.ROUND_END: RoundEnd(max(rounds, 1)),
         Step.ROUND_ACK: Ack("round", max(rounds, 1), CREDIT),
         Step.STATE: State(),
@@ -81,6 +81,8 @@ def reached(answers: bool) -> dict[Phase, Pair]:
                     pair.say(record, content(step))
             except LocalProtocolError:
                 continue
+            if step is Step.ROUND:
+                pair.say(Capture(1, 1, 0))
             assert pair.source.phase is pair.target.phase
             if pair.source.phase not in found:
                 found[pair.source.phase] = pair
@@ -224,10 +226,11 @@ def refuses_all(pair: Pair, cases: list[tuple[Record, bytes, str]]) -> None:
 
 def first_round(pair: Pair) -> None:
     pair.say(Round(1))
+    pair.say(Capture(1, 1, 0))
     pair.say(Bitmap(3, 0, 20), ALL)
-    pair.say(Bitmap(4, 0, 1), b"\x01")
     pair.say(Pages(3, 0), bytes(16 * PAGE))
     pair.say(Pages(3, 16 * PAGE), bytes(4 * PAGE))
+    pair.say(Bitmap(4, 0, 1), b"\x01")
     pair.say(Pages(4, 0), bytes(PAGE))
     pair.say(RoundEnd(1))
     pair.answer(Ack("round", 1, CREDIT))
@@ -289,8 +292,43 @@ def test_captures_are_counted_over_all_rounds(pair: Pair) -> None:
     refuses_all(pair, [(Round(number), b"", "round 3 is next") for number in (1, 2, 4)])
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_the_first_round_has_a_capture_of_each_device_with_memory(last: bool) -> None:
+    pair = Pair.greeted(hello(device(1), device(2, device_memory=False), device(3)))
+    if last:
+        pair.say(State())
+    pair.say(Round(1))
+    refuses_all(pair, [(RoundEnd(1), b"", "ends the first round without a capture of device 1")])
+    pair.say(Capture(1, 1, 0))
+    refuses_all(pair, [(RoundEnd(1), b"", "ends the first round without a capture of device 3")])
+    pair.say(Capture(3, 1, 0))
+    pair.say(RoundEnd(1))
+    if not last:
+        # Later rounds need none.
+        pair.answer(Ack("round", 1, CREDIT))
+        pair.say(Round(2))
+        pair.say(RoundEnd(2))
+
+
+def test_one_window_is_open_over_all_ranges(pair: Pair) -> None:
+    first_round(pair)
+    pair.say(Round(2))
+    pair.say(Bitmap(4, 0, 1), b"\x01")
+    refuses_all(pair, [(Bitmap(3, 0, 1), b"\x01", "comes while 4096 bytes of pages announced before are missing")])
+    # A capture may come in between.
+    pair.say(Capture(1, 2, 1))
+    pair.say(Pages(4, 0), bytes(PAGE))
+    pair.say(Bitmap(3, 0, 2), b"\x03")
+    pair.say(Pages(3, 0), bytes(PAGE))
+    refuses_all(pair, [(Bitmap(3, 2, 1), b"\x01", "comes while 4096 bytes of pages announced before are missing")])
+    pair.say(Memory(1, 0), b"x")
+    pair.say(Pages(3, PAGE), bytes(PAGE))
+    pair.say(RoundEnd(2))
+
+
 def test_guest_memory(pair: Pair) -> None:
     pair.say(Round(1))
+    pair.say(Capture(1, 1, 0))
     page = bytes(PAGE)
     refuses_all(pair, [(Pages(3, 0), page, "0 bytes at 0"), (Pages(1, 0), page, "no range of guest memory")])
     pair.say(Bitmap(3, 0, 10), b"\xff\x03")
@@ -298,6 +336,7 @@ def test_guest_memory(pair: Pair) -> None:
         pair,
         [
             (Bitmap(3, 10, 10), b"\xff\x03", "pages announced before are missing"),
+            (Bitmap(4, 0, 1), b"\x01", "40960 bytes of pages announced before are missing"),
             (Pages(3, PAGE), page, "at 4096, where 40960 bytes at 0"),
             (Pages(3, 0), page + b"x", "4097 bytes at 0"),
             (Pages(3, 0), page * 11, "45056 bytes at 0"),
@@ -340,6 +379,7 @@ def test_later_rounds_need_not_cover_memory_and_start_again_at_its_first_page(pa
 def test_a_first_round_that_is_also_the_last_covers_all_memory(pair: Pair) -> None:
     pair.say(State())
     pair.say(Round(1))
+    pair.say(Capture(1, 1, 0))
     refuses_all(pair, [(RoundEnd(1), b"", "0 of 20 pages")])
 
 
@@ -360,12 +400,24 @@ def test_config_and_end(pair: Pair) -> None:
             (Config(3, 0, 4), b"con", "no device"),
             (Config(2, 1, 4), b"con", "3 bytes at 1 of 4, where byte 0"),
             (Config(2, 0, 2), b"con", "3 bytes at 0 of 2"),
-            (End(2, came), b"", "before the whole config of device 1"),
+            (End(2, came), b"", "before the PCI config space of device 1"),
         ],
     )
     pair.say(Pci(1), pci)
     refuses_all(pair, [(Pci(1), pci, "not expected"), (End(2, came + 64), b"", "before the whole config of device 1")])
     pair.refuses(Config(1, 0, 2), b"con", match="3 bytes at 0 of 2")
+
+
+def test_the_end_comes_after_all_pci_config_space() -> None:
+    """Also of a device that has no config of its own."""
+    pair = Pair.greeted(hello(*(device(number, device_memory=False, config_size=0, pci=PCI) for number in (1, 2))))
+    for record in (State(), Round(1), RoundEnd(1)):
+        pair.say(record)
+    refuses_all(pair, [(End(1, 0), b"", "before the PCI config space of device 1")])
+    pair.say(Pci(1), bytes(64))
+    refuses_all(pair, [(End(1, 64), b"", "before the PCI config space of device 2")])
+    pair.say(Pci(2), bytes(64))
+    pair.say(End(1, 128))
 
 
 def test_config_is_cut_like_a_capture(pair: Pair) -> None:
@@ -509,13 +561,14 @@ def test_a_refused_frame_costs_nothing() -> None:
 @pytest.mark.parametrize("answer", [Credit, lambda limit: Ack("round", 1, limit)])
 def test_new_credit(answer: type[Credit]) -> None:
     pair = Pair.greeted(hello(), credit=LEAST)
-    pair.say(Round(1))
-    pair.say(RoundEnd(1))
+    records = (Round(1), Capture(1, 1, 0), RoundEnd(1))
+    for record in records:
+        pair.say(record)
     for limit in (0, LEAST - 1):
         with pytest.raises(LocalProtocolError, match="takes back credit"):
             pair.target.send(answer(limit))
         deepcopy(pair).source_refuses(raw(answer(limit)), match="takes back credit")
-    size = frame_size(pair, Round(1)) + frame_size(pair, RoundEnd(1))
+    size = sum(frame_size(pair, record) for record in records)
     pair.answer(answer(LEAST + 1))
     assert pair.source.affords(LEAST + 1 - size)
     assert not pair.source.affords(LEAST + 2 - size)
@@ -550,8 +603,8 @@ def test_a_file_knows_no_credit() -> None:
 
 def test_an_acknowledgement_of_another_round() -> None:
     pair = Pair.greeted(FREE)
-    pair.say(Round(1))
-    pair.say(RoundEnd(1))
+    for record in (Round(1), Capture(1, 1, 0), RoundEnd(1)):
+        pair.say(record)
     with pytest.raises(LocalProtocolError, match="round 2"):
         pair.target.send(Ack("round", 2, CREDIT))
     pair.source_refuses(raw(Ack("round", 2, CREDIT)), match="round 2")
@@ -560,7 +613,7 @@ def test_an_acknowledgement_of_another_round() -> None:
 def test_a_frame_that_crosses_a_later_one() -> None:
     """The ends of a link are not in the same phase: credit for an early record may come after a late one was sent."""
     pair = Pair.greeted(FREE)
-    for record in (State(), Round(1), RoundEnd(1), End(1, 0)):
+    for record in (State(), Round(1), Capture(1, 1, 0), RoundEnd(1), End(1, 0)):
         pair.say(record)
     late = deepcopy(pair)
     head, payload = late.target.send(Credit(CREDIT + 1))

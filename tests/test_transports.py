@@ -423,6 +423,18 @@ async def read_whole(path: Path) -> bytes:
         return await receive_all(reader)
 
 
+def fail_once_named(patch: pytest.MonkeyPatch, call: str, path: Path, *, not_with: bytes = b"") -> None:
+    """Let the system call ``call`` fail from when ``path`` is there (with other content than ``not_with``)."""
+    real = getattr(os, call)
+
+    def failing(*args: Any, **kwargs: Any) -> None:
+        if path.exists() and path.read_bytes() != not_with:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(*args, **kwargs)
+
+    patch.setattr(os, call, failing)
+
+
 async def test_a_file_has_its_name_only_when_finished(tmp_path: Path) -> None:
     path = tmp_path / "x"
     async with await connect(f"file:{path}") as writer:
@@ -619,6 +631,68 @@ async def test_content_that_can_not_be_made_durable_gets_no_name(
         with pytest.raises(TransportError, match="stopped part-way"):
             await writer.finish()
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("step", ["unlink", "fsync"])
+async def test_a_file_that_fails_after_it_was_named_is_gone(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with await connect(f"file:{tmp_path}/x") as writer:
+        await writer.send([b"whole"])
+        with monkeypatch.context() as patch:
+            fail_once_named(patch, step, tmp_path / "x")
+            with pytest.raises(TransportError, match=r"/x: finishing failed \(Input/output error\)"):
+                await writer.finish()
+        assert not (tmp_path / "x").exists()
+        with pytest.raises(TransportError, match="stopped part-way"):
+            await writer.finish()
+    assert names(tmp_path) == []
+
+
+async def test_a_replaced_file_whose_folder_fails_is_whole_and_the_error_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x").write_bytes(b"old")
+    async with await connect(f"file:{tmp_path}/x", replace=True) as writer:
+        await writer.send([b"whole"])
+        with monkeypatch.context() as patch:
+            fail_once_named(patch, "fsync", tmp_path / "x", not_with=b"old")
+            with pytest.raises(TransportError, match=r"Input/output error.*whole under its name.*may not be durable"):
+                await writer.finish()
+    assert (tmp_path / "x").read_bytes() == b"whole"
+    assert names(tmp_path) == ["x"]
+
+
+async def test_a_name_that_can_not_be_taken_back_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with await connect(f"file:{tmp_path}/x") as writer:
+        await writer.send([b"whole"])
+        with monkeypatch.context() as patch:
+            fail_once_named(patch, "fsync", tmp_path / "x")
+            fail_once_named(patch, "unlink", tmp_path / "x")
+            with pytest.raises(TransportError, match=r"Input/output error.*whole under its name.*may not be durable"):
+                await writer.finish()
+    assert (tmp_path / "x").read_bytes() == b"whole"
+    assert names(tmp_path) == ["x"]
+
+
+async def test_only_the_file_that_failed_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the folder is being synced, somebody else may give the name to a file of theirs."""
+    fsync = os.fsync
+
+    def fsync_too_late(fd: int) -> None:
+        if not stat.S_ISDIR(os.fstat(fd).st_mode):
+            return fsync(fd)
+        (tmp_path / "theirs").write_bytes(b"theirs")
+        (tmp_path / "theirs").replace(tmp_path / "x")
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    async with await connect(f"file:{tmp_path}/x") as writer:
+        await writer.send([b"ours"])
+        monkeypatch.setattr(os, "fsync", fsync_too_late)
+        with pytest.raises(TransportError, match=r"finishing failed \(Input/output error\)"):
+            await writer.finish()
+    assert (tmp_path / "x").read_bytes() == b"theirs"
+    assert names(tmp_path) == ["x"]
 
 
 async def test_a_file_system_without_hard_links_is_refused_before_anything_is_written(

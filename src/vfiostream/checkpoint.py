@@ -12,7 +12,7 @@ from pathlib import Path
 
 import anyio
 
-from vfiostream.devices.contract import Device
+from vfiostream.devices.contract import Device, as_sequence
 from vfiostream.errors import StreamError, TransportError, UsageError
 from vfiostream.guest import Guest
 from vfiostream.pipeline.budget import Budget, largest_chunk
@@ -44,13 +44,18 @@ async def save(
 
     Arguments and ownership as in :func:`vfiostream.migrate.send`. Raises whatever
     :class:`~vfiostream.errors.VfiostreamError` ended it; the device runs then (except after
-    :class:`~vfiostream.errors.SourceStuck`), and there is no file.
+    :class:`~vfiostream.errors.SourceStuck`), and there is no file; an older one that was to be replaced is as it was.
+    Should the disk fail so late that the name can't be taken back, the error says that the file is there.
     """
     if transport.answers:
         raise UsageError(f"{transport.address} is no file: use send to move a device there")
-    devices = (device,) if isinstance(device, Device) else device
     source = Source(
-        devices, guest or Guest(), transport, policy or Precopy(), settings or Settings(), progress or Progress()
+        as_sequence(device),
+        guest or Guest(),
+        transport,
+        policy or Precopy(),
+        settings or Settings(),
+        progress or Progress(),
     )
     return await source.run()
 
@@ -70,8 +75,9 @@ async def restore(
     """
     if transport.answers:
         raise UsageError(f"{transport.address} is no file: use receive to take a device from there")
-    devices = (device,) if isinstance(device, Device) else device
-    return await Target(devices, guest or Guest(), transport, settings or Settings(), progress or Progress()).run()
+    return await Target(
+        as_sequence(device), guest or Guest(), transport, settings or Settings(), progress or Progress()
+    ).run()
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,14 +130,13 @@ async def _read_all(frames: FrameReader, session: TargetSession) -> Contents:
         sizes[frame.record.type] += frame.prefix.content_size
         if isinstance(frame.record, Hello):
             hello = frame.record
-        if frame.lease is not None:
-            if frame.prefix.flags == framing.FLAG_ZSTD and frame.content is None:
-                content = frame.prefix.content_size
-                await anyio.to_thread.run_sync(
-                    decompressor.content, frame.lease.view, frame.prefix.flags, content, frame.name
-                )
-            frame.content = None
-            frame.lease.release()
+        if frame.prefix.flags == framing.FLAG_ZSTD and frame.content is None:
+            content = frame.prefix.content_size
+            await anyio.to_thread.run_sync(
+                decompressor.content, frame.lease.view, frame.prefix.flags, content, frame.name
+            )
+        frame.content = None
+        frame.lease.release()
     await frames.expect_end()
     assert hello is not None
     return _contents(hello, sizes, session.rounds, count, frames.transferred, complete=True)

@@ -7,6 +7,7 @@ VfiostreamError
 │   ├── DeviceLost              the device's process or file descriptor went away
 │   ├── DeviceTimeout           the driver did not answer in time; what it did is unknown
 │   └── DeviceBroken            the device answered, but against its interface
+├── GuestError                  the guest could not be paused, resumed or asked
 ├── Incompatible                this device can't move, or can't go there; nothing moved
 ├── TransportError              opening, reading or writing a link or a file failed
 │   └── ConnectionLost          the other end is gone
@@ -64,6 +65,10 @@ class DeviceBroken(DeviceError):
     """The device answered in a way its interface does not allow."""
 
 
+class GuestError(VfiostreamError):
+    """A hook of the guest failed, or took too long."""
+
+
 class Incompatible(VfiostreamError):
     """This device can't be moved, or can't be moved there; nothing was moved."""
 
@@ -108,10 +113,9 @@ class StreamError(ProtocolError):
 class PeerAborted(VfiostreamError):
     """The other end gave up; ``code`` and ``reason`` are its own words."""
 
-    def __init__(self, code: str, reason: str, *, device_stopped: bool = True) -> None:
+    def __init__(self, code: str, reason: str) -> None:
         self.code = code
         self.reason = reason
-        self.device_stopped = device_stopped
         super().__init__(f"the other end gave up ({code}): {reason}")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 
 import anyio
+import anyio.lowlevel
 
 from vfiostream.errors import UsageError
 from vfiostream.protocol import limits
@@ -60,9 +61,11 @@ class Budget:
         self._waiting: deque[tuple[int, anyio.Event]] = deque()
 
     async def take(self, size: int, more: int = 0) -> Lease:
-        """Wait until ``size`` bytes, and ``more`` that the holder will allocate itself, are free; return them. The two
-        together are at most a quarter of the limit. Cancelled, nothing was taken.
+        """Wait until ``size`` bytes, and ``more`` that the holder will allocate itself, are free; return them. Raises
+        UsageError for more than the whole limit. Cancelled, nothing was taken.
         """
+        # Whoever takes without waiting still lets the others work: what is full goes on while the next is filled.
+        await anyio.lowlevel.checkpoint()
         charge = max((self._chunk if self._is_chunk(size) else size) + more, CHARGE)
         if charge > self.limit:
             raise UsageError(f"{charge} bytes at once do not fit a budget of {self.limit}")
@@ -96,7 +99,7 @@ class Budget:
 
     def _give(self, memory: bytearray | None, charge: int) -> None:
         self.used -= charge
-        if memory is not None and len(memory) == self._chunk and charge >= self._chunk // 2:
+        if memory is not None and len(memory) == self._chunk:
             self._spare.append(memory)
             self._trim()
         self._grant()

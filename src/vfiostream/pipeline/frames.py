@@ -7,7 +7,6 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import anyio
 
@@ -27,22 +26,16 @@ LINGER = 2.0
 """Seconds that a side which gave up goes on reading, so that its last words are not lost to a reset."""
 
 
-class Parses(Protocol):
-    """The part of a session that reading a frame needs."""
-
-    @property
-    def next_record(self) -> str: ...
-    def parse(self, prefix: Buffer) -> Prefix: ...
-
-
 @dataclass(slots=True)
 class Incoming:
     """A frame with content, from the source."""
 
     record: Record
     prefix: Prefix
-    lease: Lease | None
-    """The payload, and room in the budget for the content where that is compressed; the loader's to release."""
+    lease: Lease
+    """The payload (maybe of no bytes), and room in the budget for the content where that is compressed. The loader's to
+    release.
+    """
     content: Buffer | None = None
     """What the payload stands for; set by whoever decompresses."""
 
@@ -93,11 +86,6 @@ class FrameReader:
         where = records.name_of(prefix.type, prefix.sequence)
         header = bytearray(prefix.header_size)
         await _fill(self._transport, memoryview(header), where)
-        if prefix.content_size == 0:
-            self._session.check(prefix, header, ())
-            record = self._session.receive(prefix, header)
-            self.transferred += prefix.frame_size
-            return Incoming(record, prefix, None)
         expands = prefix.content_size if prefix.flags == framing.FLAG_ZSTD else 0
         lease = await self._budget.take(prefix.payload_size, expands)
         try:

@@ -62,10 +62,10 @@ class Outbound:
         """Bytes of content that were put in line, but bitmaps."""
         self.whole = True
         """Whether every frame that was made went out whole; if not, the link can't say anything more."""
-        self.owed = 0
-        """Frames that nobody has taken yet."""
+        self.waiting = False
+        """Whether it is the other end that has to do something now: give credit, or take a frame."""
         self.moved_at = 0.0
-        """When a frame was last taken, or the first one put in line after a time without."""
+        """When the other end last did something, or was last given something to do."""
         self._in_flight: anyio.CancelScope | None = None
         self._send_until = math.inf
         """When a frame that is under way is given up; set when everything is called off, or done."""
@@ -89,9 +89,6 @@ class Outbound:
     def put(self, record: Record, lease: Lease | None = None) -> Outgoing:
         """Put a record in line; the lease with its content is the line's from here on."""
         item = Outgoing(record, lease)
-        if not self.owed:
-            self.moved_at = anyio.current_time()
-        self.owed += 1
         if lease is not None:
             item.payload = lease.view
             if not isinstance(record, Bitmap):
@@ -122,13 +119,15 @@ class Outbound:
             if item.ready is not None:
                 await item.ready.wait()
             size = framing.PREFIX_SIZE + _HEADER_ROOM + len(item.payload)
+            await self._pace.wait(size)
+            self.moved_at = anyio.current_time()
+            self.waiting = True
             while not self._session.affords(size):
                 self._credit = anyio.Event()
                 await self._credit.wait()
-            await self._pace.wait(size)
             await self._send_whole(self._framed(item))
-            self.owed -= 1
             self.moved_at = anyio.current_time()
+            self.waiting = False
             item.payload = b""
             if item.lease is not None:
                 item.lease.release()

@@ -12,7 +12,8 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from time import monotonic
 from typing import Protocol
@@ -26,6 +27,7 @@ from vfiostream.devices.contract import Device
 from vfiostream.errors import (
     ConnectionLost,
     DeviceBroken,
+    GuestError,
     NotConverged,
     OutcomeUnknown,
     PeerAborted,
@@ -36,6 +38,7 @@ from vfiostream.errors import (
 from vfiostream.guest import Guest, GuestRange
 from vfiostream.pipeline import describe, failure
 from vfiostream.pipeline.budget import Lease
+from vfiostream.pipeline.ending import to_the_end
 from vfiostream.pipeline.frames import part, read_reply
 from vfiostream.pipeline.outbound import COMPRESSORS, Outbound
 from vfiostream.pipeline.progress import Downtime, Progress, Summary
@@ -59,7 +62,7 @@ from vfiostream.protocol.records import (
     State,
     Welcome,
 )
-from vfiostream.protocol.sessions import SourceSession
+from vfiostream.protocol.sessions import Phase, SourceSession
 from vfiostream.transports.contract import Transport
 
 log = logging.getLogger("vfiostream.pipeline")
@@ -104,7 +107,11 @@ class Source:
         self._started = False
         """The devices were told to track: whatever happens now, they have to be told to run on."""
         self._paused = False
+        self._committed = False
+        """The target may have the devices: the source is not to run, until the target says that it never will."""
         self._stopped_at = math.inf
+        self._awaited = False
+        """Whether the target has everything, and its answer is what is waited for."""
         self._ack: MemoryObjectSendStream[Ack]
         self._acks: MemoryObjectReceiveStream[Ack]
         self._ack, self._acks = anyio.create_memory_object_stream[Ack](math.inf)
@@ -121,24 +128,25 @@ class Source:
             downtime = await self._transfer()
             if self._transport.answers:
                 committed = monotonic()
-                await self._commit()
+                await to_the_end(self._commit)
                 downtime = downtime._replace(start=monotonic() - committed)
             else:
                 await self._store()
-        except OutcomeUnknown:
-            await self._let_go()
-            raise
         except BaseException as error:
-            instead = await self._recover(failure.cause(error, self._transport.address))
-            if instead is error:
+            cause = failure.cause(error, self._transport.address)
+            if self._committed:
+                await to_the_end(self._let_go)
+            else:
+                cause = await to_the_end(partial(self._recover, cause))
+            if cause is error:
                 raise
-            raise instead from None
+            raise cause from cause.__cause__
         finally:
             self._line.close()
             self._ack.close()
             self._acks.close()
-        if self._transport.answers:
-            await self._let_go()
+        if self._committed:
+            await to_the_end(self._let_go)
         self._progress.phase = "done"
         return Summary(
             self._round,
@@ -200,10 +208,11 @@ class Source:
         for _, device in self._devices:
             await device.start_precopy()
         self._tracking = True
-        await self._guest.start_tracking()
+        await self._ask_guest("track what it changes", self._guest.start_tracking)
         self._progress.phase = "precopy"
         limit = self._policy.give_up_after
-        with anyio.move_on_after(math.inf if limit is None else limit) as scope:
+        left = math.inf if limit is None else limit - (monotonic() - self._began)
+        with anyio.move_on_after(left) as scope:
             await self._precopy()
         if scope.cancelled_caught:
             raise NotConverged(
@@ -244,7 +253,7 @@ class Source:
         self._progress.phase = "stop-and-copy"
         self._line.moved_at = self._stopped_at = anyio.current_time()
         self._paused = True
-        await self._guest.pause()
+        await self._ask_guest("pause", self._guest.pause)
         times.append(monotonic())
         for _, device in self._devices:
             await device.stop()
@@ -259,14 +268,12 @@ class Source:
             await self._resume()
             times += [times[-1], monotonic()]
             self._progress.phase = "finishing"
-        end = self._line.put(End(self._round, self._line.content))
+        await self._line.put(End(self._round, self._line.content)).sent.wait()
         if self._transport.answers:
-            self._line.owed += 1  # The answer to END.
+            self._awaited = True
             await self._acks.receive()
             times += [monotonic()] * 2
             self._progress.phase = "switchover"
-        else:
-            await end.sent.wait()
         return Downtime(*(late - early for early, late in pairwise(times)))
 
     async def _send_round(self, *, last: bool = False) -> None:
@@ -304,7 +311,7 @@ class Source:
             lease = await self._line.take(len(pci))
             lease.view[:] = pci
             self._line.put(Pci(stream), lease)
-        size = await device.capture_config() if device.description.config_size else 0
+        size = await device.capture_config()
         pos = 0
         while pos < size:
             lease = await self._read(device, min(self._session.chunk, size - pos))
@@ -324,24 +331,14 @@ class Source:
             raise DeviceBroken(f"{device.name}: the device's state goes on beyond the size it told")
 
     async def _send_pages(self, stream: int, area: GuestRange) -> None:
-        if self._round == 1:
-            bitmap = bytearray(b"\xff") * (area.pages // 8) + bytearray(
-                [(1 << area.pages % 8) - 1] * (area.pages % 8 > 0)
-            )
-        else:
-            bitmap = bytearray((area.pages + 7) // 8)
-            for _, device in self._devices:
-                if device.description.dirty_tracking:
-                    await device.merge_dirty(area.address, area.pages, memoryview(bitmap))
-            await self._guest.merge_dirty(area.address, area.pages, memoryview(bitmap))
         for page in range(0, area.pages, limits.MAX_BITMAP_PAGES):
             pages = min(limits.MAX_BITMAP_PAGES, area.pages - page)
-            bits = memoryview(bitmap)[page // 8 : (page + pages + 7) // 8]
-            runs = _accel.bitmap_runs(bits, pages)
+            lease = await self._line.take((pages + 7) // 8)
+            await self._find_dirty(area.address + page * limits.PAGE_SIZE, pages, lease.view)
+            runs = _accel.bitmap_runs(lease.view, pages)
             if not runs:
+                lease.release()
                 continue
-            lease = await self._line.take(len(bits))
-            lease.view[:] = bits
             self._line.put(Bitmap(stream, page, pages), lease)
             memory = area.view[page * limits.PAGE_SIZE : (page + pages) * limits.PAGE_SIZE]
             left = sum(runs[1::2]) * limits.PAGE_SIZE
@@ -352,6 +349,19 @@ class Source:
                 self._line.put(Pages(stream, pos), lease)
                 pos += filled
                 left -= filled
+
+    async def _find_dirty(self, address: int, pages: int, bitmap: memoryview) -> None:
+        """Set ``bitmap`` to the pages to be sent in this round: all in the first, then what anybody has dirtied."""
+        if self._round == 1:
+            bitmap[:] = b"\xff" * len(bitmap)
+            if pages % 8:
+                bitmap[-1] = (1 << pages % 8) - 1
+            return
+        bitmap[:] = bytes(len(bitmap))
+        for _, device in self._devices:
+            if device.description.dirty_tracking:
+                await device.merge_dirty(address, pages, bitmap)
+        await self._ask_guest("say what it changed", partial(self._guest.merge_dirty, address, pages, bitmap))
 
     async def _listen(self) -> None:
         while True:
@@ -365,7 +375,7 @@ class Source:
                     if record.of == "loaded":
                         return
                 case Abort():
-                    raise PeerAborted(record.code, record.reason, device_stopped=record.stopped)
+                    raise PeerAborted(record.code, record.reason)
                 case _:
                     raise ConnectionLost(f"{self._transport.address}: the target went away before the switchover")
 
@@ -376,7 +386,7 @@ class Source:
         while True:
             now = anyio.current_time()
             limit = max(self._line.moved_at, self._stopped_at) + self._settings.patience
-            if self._stopped_at == math.inf or not self._line.owed:
+            if self._stopped_at == math.inf or not (self._line.waiting or self._awaited):
                 limit = now + self._settings.patience
             elif now >= limit:
                 raise ConnectionLost(
@@ -396,43 +406,35 @@ class Source:
             "runs: see its outcome there, and let the source run again with `vfiostream device resume` only if "
             "it says that it was never committed"
         )
-        with anyio.CancelScope(shield=True):
-            head, _ = self._session.send(Commit())
-            try:
-                with anyio.fail_after(self._settings.patience):
-                    await self._line.hand_over([head])
-                with anyio.fail_after(2 * self._settings.patience):
-                    while True:
-                        match await read_reply(self._transport, self._session):
-                            case Ack():
-                                return
-                            case Abort() as abort if abort.stopped:
-                                raise PeerAborted(abort.code, abort.reason)
-                            case Abort() as abort:
-                                raise OutcomeUnknown(f"the target was committed and is in doubt: {abort.reason}")
-                            case None:
-                                raise OutcomeUnknown(unknown)
-                            case _:
-                                pass
-            except TransportError as error:
-                if error.taken == 0:
-                    raise
-                raise OutcomeUnknown(unknown) from error
-            except (TimeoutError, VfiostreamError) as error:
-                if isinstance(error, PeerAborted | OutcomeUnknown):
-                    raise
-                raise OutcomeUnknown(unknown) from error
+        head, _ = self._session.send(Commit())
+        self._committed = True
+        try:
+            with anyio.fail_after(self._settings.patience):
+                await self._line.hand_over([head])
+            with anyio.fail_after(2 * self._settings.patience):
+                answer = await read_reply(self._transport, self._session)
+        except (TimeoutError, VfiostreamError) as error:
+            if isinstance(error, TransportError) and error.taken == 0:
+                self._committed = False
+                raise
+            raise OutcomeUnknown(unknown) from error
+        match answer:
+            case Abort() if answer.stopped:
+                self._committed = False
+                raise PeerAborted(answer.code, answer.reason)
+            case Abort():
+                raise OutcomeUnknown(f"the target was committed and is in doubt: {answer.reason}")
+            case None:
+                raise OutcomeUnknown(unknown)
 
     async def _let_go(self) -> None:
         """The source is not to run: stop tracking. That this fails changes nothing for the target."""
-        with anyio.CancelScope(shield=True):
-            for _, device in self._devices:
-                try:
-                    await device.release()
-                except VfiostreamError as error:
-                    log.warning("%s: tracking could not be switched off: %s", device.name, error)
-                    self._warnings.append(f"tracking could not be switched off: {error}")
-            await self._guest.stop_tracking()
+        for _, device in self._devices:
+            try:
+                await device.release()
+            except VfiostreamError as error:
+                self._warn(f"{device.name}: tracking could not be switched off: {error}")
+        await self._stop_tracking()
 
     async def _store(self) -> None:
         """Make the checkpoint whole: the source runs already."""
@@ -443,48 +445,76 @@ class Source:
     # ---- instead: the source runs on
 
     async def _resume(self) -> None:
-        """Let the devices run on, then the guest. Never half: every device is tried, and nothing cuts it off."""
+        """Let the devices run on, then the guest. Never half: every device is tried, and what failed can be tried
+        again.
+        """
+        failed: list[VfiostreamError] = []
         with anyio.CancelScope(shield=True):
-            failed = None
             if self._started:
                 for _, device in self._devices:
                     try:
                         await device.resume()
                     except VfiostreamError as error:
-                        failed = error
-            if failed is not None:
-                raise failed
-            self._started = False
-            try:
-                if self._tracking:
-                    self._tracking = False
-                    await self._guest.stop_tracking()
-            finally:
+                        failed.append(error)
+            if not failed:
+                self._started = False
+                await self._stop_tracking()
                 if self._paused:
-                    self._paused = False
-                    await self._guest.resume()
+                    try:
+                        await self._ask_guest("run on", self._guest.resume, self._settings.patience)
+                        self._paused = False
+                    except VfiostreamError as error:
+                        failed.append(error)
+        if failed:
+            raise failed[0] if len(failed) == 1 else SourceStuck("; ".join(map(str, failed)))
+
+    async def _stop_tracking(self) -> None:
+        """The guest need not track any more. That this fails changes nothing."""
+        if self._tracking:
+            self._tracking = False
+            try:
+                await self._ask_guest("stop tracking", self._guest.stop_tracking, self._settings.patience)
+            except VfiostreamError as error:
+                self._warn(str(error))
+
+    async def _ask_guest(self, what: str, hook: Callable[[], Awaitable[None]], limit: float = math.inf) -> None:
+        """Call one of the guest's hooks, for ``limit`` seconds at most, and translate what it raises."""
+        try:
+            with anyio.fail_after(None if limit == math.inf else limit):
+                await hook()
+        except VfiostreamError:
+            raise
+        except TimeoutError as error:
+            raise GuestError(f"the guest did not {what} within {limit:g} s: see to its VMM") from error
+        except Exception as error:
+            raise GuestError(f"the guest could not {what}: {error!r}") from error
+
+    def _warn(self, warning: str) -> None:
+        log.warning(warning)
+        self._warnings.append(warning)
 
     async def _recover(self, error: BaseException) -> BaseException:
         """Make the source run, and tell the target why; returns what is to be raised."""
         log.debug("calling off: %r", error)
-        with anyio.CancelScope(shield=True):
-            stuck = None
-            try:
-                await self._resume()
-            except VfiostreamError as failed:
-                stuck = failed
-            if self._transport.answers:
-                await part(self._transport, self._last_words(error))
-            if stuck is not None:
-                return SourceStuck(
-                    f"{failure.told(error)}; and then the source could not be resumed ({stuck}): its state is unknown, "
-                    "see to its driver, then use `vfiostream device resume`"
-                )
-        return error
+        stuck = None
+        try:
+            await self._resume()
+        except VfiostreamError as failed:
+            stuck = failed
+        if self._transport.answers:
+            await part(self._transport, self._last_words(error))
+        if stuck is None:
+            return error
+        instead = SourceStuck(
+            f"{failure.told(error)}; and then the source could not be resumed ({stuck}): its state is unknown, see to "
+            "its driver, then use `vfiostream device resume`"
+        )
+        instead.__cause__ = stuck
+        return instead
 
     def _last_words(self, error: BaseException) -> Buffer:
         """The ABORT that tells the target why; nothing where it knows, or can't be told."""
-        if isinstance(error, PeerAborted) or not self._line.whole:
+        if self._session.phase in (Phase.ABORTED, Phase.DONE) or not self._line.whole:
             return b""
         head, _ = self._session.send(
             Abort(failure.abort_code(error), failure.reason(failure.told(error)), stopped=False)

@@ -13,6 +13,7 @@ import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import monotonic
 
 import anyio
@@ -34,6 +35,7 @@ from vfiostream.errors import (
 from vfiostream.guest import Guest, GuestRange
 from vfiostream.pipeline import describe, failure
 from vfiostream.pipeline.budget import Budget, largest_chunk
+from vfiostream.pipeline.ending import to_the_end
 from vfiostream.pipeline.frames import FrameReader, Incoming, part
 from vfiostream.pipeline.progress import Progress, Summary
 from vfiostream.pipeline.settings import Settings
@@ -132,14 +134,15 @@ class Target:
             await self._transfer()
             await self._await_commit()
         except BaseException as error:
-            instead = await self._abandon(failure.cause(error, self._transport.address))
-            if instead is error:
+            cause = failure.cause(error, self._transport.address)
+            await to_the_end(partial(self._abandon, cause))
+            if cause is error:
                 raise
-            raise instead from None
+            raise cause from cause.__cause__
         finally:
             for stream in (self._checked, self._to_load, self._packed, self._to_decompress):
                 stream.close()
-        await self._start()
+        await to_the_end(self._start)
         self._progress.phase = "done"
         return Summary(
             self._session.rounds,
@@ -157,6 +160,7 @@ class Target:
         frame = await self._frames.read()
         if frame is None:
             raise self._frames.ended()
+        frame.lease.release()
         match frame.record:
             case Hello() as hello:
                 pass
@@ -230,7 +234,6 @@ class Target:
         decompressor = Decompressor()
         async for pending in self._to_decompress:
             frame = pending.frame
-            assert frame.lease is not None
             assert pending.ready is not None
             frame.content = await anyio.to_thread.run_sync(
                 decompressor.content, frame.lease.view, frame.prefix.flags, frame.prefix.content_size, frame.name
@@ -244,8 +247,7 @@ class Target:
             frame = pending.frame
             await self._load(frame.record, self._content(frame))
             frame.content = None
-            if frame.lease is not None:
-                frame.lease.release()
+            frame.lease.release()
             self._spent += frame.prefix.frame_size
             if isinstance(frame.record, End):
                 return
@@ -256,7 +258,7 @@ class Target:
             return self._zeros[: frame.prefix.content_size]
         if frame.content is not None:
             return frame.content
-        return frame.lease.view if frame.lease is not None else b""
+        return frame.lease.view
 
     async def _load(self, record: Record, content: Buffer) -> None:
         match record:
@@ -268,6 +270,8 @@ class Target:
                 window.index, window.skip = _accel.scatter(
                     window.memory, window.runs, window.index, window.skip, content, limits.PAGE_SIZE
                 )
+                if window.index == len(window.runs) // 2:
+                    del self._windows[record.stream]
                 self._count(content)
             case Bitmap():
                 start = record.page * limits.PAGE_SIZE
@@ -335,6 +339,7 @@ class Target:
             frame = await self._frames.read()
             if frame is None:
                 raise self._frames.ended()
+            frame.lease.release()
             match frame.record:
                 case Commit():
                     if not self._transport.answers:
@@ -351,21 +356,20 @@ class Target:
         )
 
     async def _start(self) -> None:
-        """Let the devices run, and say so: can't be cancelled, is bounded."""
-        with anyio.CancelScope(shield=True):
+        """Let the devices run, and say so. Goes to its end, which is bounded."""
+        try:
+            with anyio.fail_after(self._settings.patience):
+                for device in self._devices.values():
+                    await device.run()
+        except (VfiostreamError, TimeoutError) as error:
+            raise await self._refuse(error) from error
+        if self._transport.answers:
             try:
-                with anyio.fail_after(self._settings.patience):
-                    for device in self._devices.values():
-                        await device.run()
-            except (VfiostreamError, TimeoutError) as error:
-                raise await self._refuse(error) from error
-            if self._transport.answers:
-                try:
-                    await self._acknowledge("running")
-                    await self._transport.finish()
-                except TransportError as error:
-                    log.warning("%s: the source was not told that the device runs: %s", self._transport.address, error)
-                    self._warnings.append(f"the device runs, but the source could not be told: {error}")
+                await self._acknowledge("running")
+                await self._transport.finish()
+            except TransportError as error:
+                log.warning("%s: the source was not told that the device runs: %s", self._transport.address, error)
+                self._warnings.append(f"the device runs, but the source could not be told: {error}")
 
     async def _refuse(self, error: BaseException) -> VfiostreamError:
         """A driver did not run what it was given: make sure that none does, and tell the source what is certain.
@@ -397,24 +401,22 @@ class Target:
 
     # ---- instead: the devices stay stopped
 
-    async def _abandon(self, error: BaseException) -> BaseException:
-        """Leave the devices stopped, and tell the source why; returns what is to be raised."""
+    async def _abandon(self, error: BaseException) -> None:
+        """Leave the devices stopped, and tell the source why. Goes to its end, which is bounded."""
         log.debug("calling off: %r", error)
-        with anyio.CancelScope(shield=True):
-            if self._stopped:
-                for device in self._devices.values():
-                    try:
-                        await device.abandon()
-                    except VfiostreamError as failed:
-                        # It was stopped before any data came and is never told to run.
-                        log.debug("%s: could not be told to stay stopped: %s", device.name, failed)
-            if self._transport.answers:
-                await part(self._transport, self._last_words(error))
-        return error
+        if self._stopped:
+            for device in self._devices.values():
+                try:
+                    await device.abandon()
+                except VfiostreamError as failed:
+                    # It was stopped before any data came and is never told to run.
+                    log.debug("%s: could not be told to stay stopped: %s", device.name, failed)
+        if self._transport.answers:
+            await part(self._transport, self._last_words(error))
 
     def _last_words(self, error: BaseException) -> Buffer:
-        """The ABORT that tells the source why; nothing where it knows, or can't be told."""
-        if isinstance(error, PeerAborted):
+        """The ABORT that tells the source why; nothing where it has said one itself."""
+        if self._session.phase in (Phase.ABORTED, Phase.DONE):
             return b""
         return self._abort(failure.abort_code(error), failure.told(error), stopped=True)
 

@@ -10,7 +10,6 @@ from vfiostream.errors import StreamError
 from vfiostream.protocol import limits
 from vfiostream.protocol.framing import FLAG_ZERO, FLAG_ZSTD
 
-MIN_LEVEL = 1
 MAX_LEVEL = 19
 
 

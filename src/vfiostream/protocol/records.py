@@ -206,6 +206,8 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class Round:
+    """Round ``number`` begins; counted from 1."""
+
     type: ClassVar = RecordType.ROUND
     number: int
 
@@ -268,6 +270,8 @@ class Pages:
 
 @dataclass(frozen=True, slots=True)
 class RoundEnd:
+    """Everything that round ``number`` announced has been sent."""
+
     type: ClassVar = RecordType.ROUND_END
     number: int
 
@@ -324,8 +328,11 @@ class End:
 
 @dataclass(frozen=True, slots=True)
 class Credit:
+    """The target has let go of what came, and takes more."""
+
     type: ClassVar = RecordType.CREDIT
     limit: int
+    """Bytes of frames after HELLO that the source may have sent altogether; never goes down."""
 
     def __post_init__(self) -> None:
         _unsigned(64, limit=self.limit)
@@ -358,9 +365,13 @@ class Commit:
 
 @dataclass(frozen=True, slots=True)
 class Abort:
+    """This end gives up: nothing more of it follows."""
+
     type: ClassVar = RecordType.ABORT
     code: str
+    """Of :data:`ABORT_CODES`."""
     reason: str
+    """For people; at most ``limits.MAX_TEXT`` bytes."""
     stopped: bool
     """From a target: its devices are certain not to run."""
 

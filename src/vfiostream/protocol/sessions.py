@@ -260,8 +260,9 @@ class _Contents:
 
     def _bitmap(self, record: Bitmap, bitmap: Buffer) -> None:
         entry, guest = self._range(record.stream)
-        if guest.left:
-            raise ValueError(f"comes while {guest.left} bytes of pages announced before are missing")
+        left = sum(progress.left for _, progress in self._ranges.values())
+        if left:
+            raise ValueError(f"comes while {left} bytes of pages announced before are missing")
         if record.page < guest.next_page or record.page + record.pages > entry.pages:
             raise ValueError(
                 f"covers pages {record.page} to {record.page + record.pages - 1}, not pages from "
@@ -284,6 +285,8 @@ class _Contents:
         for entry, device in self._devices.values():
             if device.left:
                 raise ValueError(f"comes while {device.left} bytes of {entry.name} are missing")
+            if self.rounds == 1 and entry.device_memory and not device.captures:
+                raise ValueError(f"ends the first round without a capture of {entry.name}")
         for area, guest in self._ranges.values():
             if guest.left:
                 raise ValueError(f"comes while {guest.left} bytes of guest memory at {area.address:#x} are missing")
@@ -311,6 +314,8 @@ class _Contents:
 
     def _end(self, record: End) -> None:
         for entry, device in self._devices.values():
+            if entry.pci is not None and not device.pci:
+                raise ValueError(f"comes before the PCI config space of {entry.name}")
             if device.config_pos != device.config_size or (entry.config_size and not device.config_size):
                 raise ValueError(f"comes before the whole config of {entry.name}")
         if (record.rounds, record.content) != (self.rounds, self.content):
