@@ -73,10 +73,10 @@ def test_a_range_is_the_file_itself() -> None:
     ],
 )
 def test_addresses_and_lengths_that_can_not_be(address: int, length: int) -> None:
-    with (
-        memfd(4 * PAGE_SIZE) as fd,
-        pytest.raises(UsageError, match=r"guest memory ram at .*whole pages of 4096 bytes"),
-    ):
+    words = (
+        r"guest memory ram at .* bytes: (address and length must be multiples of 4096|it must lie between 0 and 2\^64)"
+    )
+    with memfd(4 * PAGE_SIZE) as fd, pytest.raises(UsageError, match=words):
         GuestRange(address, length, fd, "ram")
 
 
@@ -86,7 +86,10 @@ def test_the_last_page_of_the_address_space() -> None:
 
 @pytest.mark.parametrize("length", [2 * PAGE_SIZE, 1 << 63])
 def test_a_file_shorter_than_its_range(length: int) -> None:
-    with memfd(PAGE_SIZE) as fd, pytest.raises(UsageError, match=rf"ram has {length} bytes .* its file holds 4096"):
+    with (
+        memfd(PAGE_SIZE) as fd,
+        pytest.raises(UsageError, match=rf"ram at 0x0 has {length} bytes, but its file holds 4096"),
+    ):
         GuestRange(0, length, fd, "ram")
 
 

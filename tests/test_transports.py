@@ -423,16 +423,24 @@ async def read_whole(path: Path) -> bytes:
         return await receive_all(reader)
 
 
-def fail_once_named(patch: pytest.MonkeyPatch, call: str, path: Path, *, not_with: bytes = b"") -> None:
-    """Let the system call ``call`` fail from when ``path`` is there (with other content than ``not_with``)."""
+def let_fail(patch: pytest.MonkeyPatch, call: str, on: Callable[[Any], bool]) -> None:
+    """Let the system call ``call`` fail where ``on`` says so of its first argument."""
     real = getattr(os, call)
 
-    def failing(*args: Any, **kwargs: Any) -> None:
-        if path.exists() and path.read_bytes() != not_with:
+    def failing(first: Any, **kwargs: Any) -> None:
+        if on(first):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        real(*args, **kwargs)
+        real(first, **kwargs)
 
     patch.setattr(os, call, failing)
+
+
+def is_folder(fd: int) -> bool:
+    return stat.S_ISDIR(os.fstat(fd).st_mode)
+
+
+def is_partial(name: str) -> bool:
+    return name.endswith(".partial")
 
 
 async def test_a_file_has_its_name_only_when_finished(tmp_path: Path) -> None:
@@ -633,14 +641,14 @@ async def test_content_that_can_not_be_made_durable_gets_no_name(
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("step", ["unlink", "fsync"])
+@pytest.mark.parametrize(("call", "on"), [("unlink", is_partial), ("fsync", is_folder)])
 async def test_a_file_that_fails_after_it_was_named_is_gone(
-    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: str, on: Callable[[Any], bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with await connect(f"file:{tmp_path}/x") as writer:
         await writer.send([b"whole"])
         with monkeypatch.context() as patch:
-            fail_once_named(patch, step, tmp_path / "x")
+            let_fail(patch, call, on)
             with pytest.raises(TransportError, match=r"/x: finishing failed \(Input/output error\)"):
                 await writer.finish()
         assert not (tmp_path / "x").exists()
@@ -656,7 +664,7 @@ async def test_a_replaced_file_whose_folder_fails_is_whole_and_the_error_says_so
     async with await connect(f"file:{tmp_path}/x", replace=True) as writer:
         await writer.send([b"whole"])
         with monkeypatch.context() as patch:
-            fail_once_named(patch, "fsync", tmp_path / "x", not_with=b"old")
+            let_fail(patch, "fsync", is_folder)
             with pytest.raises(TransportError, match=r"Input/output error.*whole under its name.*may not be durable"):
                 await writer.finish()
     assert (tmp_path / "x").read_bytes() == b"whole"
@@ -667,8 +675,8 @@ async def test_a_name_that_can_not_be_taken_back_is_told(tmp_path: Path, monkeyp
     async with await connect(f"file:{tmp_path}/x") as writer:
         await writer.send([b"whole"])
         with monkeypatch.context() as patch:
-            fail_once_named(patch, "fsync", tmp_path / "x")
-            fail_once_named(patch, "unlink", tmp_path / "x")
+            let_fail(patch, "fsync", is_folder)
+            let_fail(patch, "unlink", lambda name: name == "x")
             with pytest.raises(TransportError, match=r"Input/output error.*whole under its name.*may not be durable"):
                 await writer.finish()
     assert (tmp_path / "x").read_bytes() == b"whole"
@@ -680,7 +688,7 @@ async def test_only_the_file_that_failed_is_taken_back(tmp_path: Path, monkeypat
     fsync = os.fsync
 
     def fsync_too_late(fd: int) -> None:
-        if not stat.S_ISDIR(os.fstat(fd).st_mode):
+        if not is_folder(fd):
             return fsync(fd)
         (tmp_path / "theirs").write_bytes(b"theirs")
         (tmp_path / "theirs").replace(tmp_path / "x")

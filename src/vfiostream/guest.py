@@ -6,8 +6,10 @@ guest is open. A VMM that also knows which pages its vCPUs dirty subclasses :cla
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
+import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -18,28 +20,45 @@ from typing import Self
 from vfiostream.errors import UsageError
 
 PAGE_SIZE = 4096
+ADDRESS_SPACE = 1 << 64
 
 
 @dataclass(slots=True)
 class GuestRange:
-    """``length`` bytes of guest memory from guest physical ``address`` on."""
+    """``length`` bytes of guest memory from guest physical ``address`` on, both multiples of 4096.
+
+    Raises :class:`~vfiostream.errors.UsageError` where that can't be, or ``fd`` can't be mapped; ``fd`` stays the
+    caller's then.
+    """
 
     address: int
     length: int
     fd: int
-    """Of the file that holds it, from offset 0 on; the range's own."""
+    """Of the file that holds it, from offset 0 on, and may be longer; the range's own."""
     name: str
     """For messages."""
     view: memoryview = field(init=False, repr=False)
     """The memory itself, shared with everybody who maps it: it changes while it is read."""
 
     def __post_init__(self) -> None:
+        what = f"guest memory {self.name} at {self.address:#x} has {self.length} bytes"
         if self.address % PAGE_SIZE or self.length % PAGE_SIZE or self.length <= 0:
+            raise UsageError(f"{what}: address and length must be multiples of {PAGE_SIZE}, and the length not 0")
+        if not 0 <= self.address <= ADDRESS_SPACE - self.length:
+            raise UsageError(f"{what}: it must lie between 0 and 2^64")
+        try:
+            held = os.fstat(self.fd)
+            if stat.S_ISREG(held.st_mode) and held.st_size < self.length:
+                # Touching what lies beyond the file's end would kill this process (SIGBUS).
+                raise UsageError(f"{what}, but its file holds {held.st_size}: make the file as long as the range")
+            mapping = mmap.mmap(self.fd, self.length, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        except OSError as error:
             raise UsageError(
-                f"guest memory {self.name} at {self.address:#x} has {self.length} bytes: address and length must be "
-                f"multiples of {PAGE_SIZE}, and not 0"
-            )
-        self.view = memoryview(mmap.mmap(self.fd, self.length, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE))
+                f"guest memory {self.name} can't be mapped ({error.strerror}): give a file that can be read and written"
+            ) from error
+        except ValueError as error:  # what mmap itself finds wrong with the length, should the file have shrunk
+            raise UsageError(f"guest memory {self.name} can't be mapped: {error}") from error
+        self.view = memoryview(mapping)
 
     @property
     def pages(self) -> int:
@@ -57,17 +76,22 @@ class Guest:
     """The guest whose memory moves with the device.
 
     This class tracks nothing itself: devices report what they dirty. A VMM overrides the methods for what its vCPUs
-    do. Every method is called by one task at a time; ``stop_tracking`` and ``resume`` also after failures of the
-    others, under a shielded, bounded scope.
+    do. Every method is called by one task at a time, and raises nothing but a
+    :class:`~vfiostream.errors.VfiostreamError` (:class:`~vfiostream.errors.GuestError` is there for that). Two of them
+    clean up, ``stop_tracking`` and ``resume``: they are also called after failures of the others, shielded from
+    cancellation, and each is given at most ``Settings.patience`` seconds.
     """
 
     def __init__(self, ranges: Sequence[GuestRange] = ()) -> None:
+        """``ranges`` may come in any order. They are the guest's from here on, and closed with it; where they overlap
+        that is a :class:`~vfiostream.errors.UsageError`, and they stay the caller's.
+        """
         ordered = sorted(ranges, key=lambda entry: entry.address)
         for low, high in pairwise(ordered):
             if low.address + low.length > high.address:
                 raise UsageError(f"guest memory {low.name} and {high.name} overlap at {high.address:#x}")
-        self.ranges = tuple(ranges)
-        """Owned by the guest from here on: closed with it."""
+        self.ranges = tuple(ordered)
+        """In the order of their addresses, as both ends number them."""
 
     @classmethod
     def open(cls, files: Iterable[tuple[int, Path]]) -> Self:
@@ -75,27 +99,13 @@ class Guest:
         :class:`~vfiostream.errors.UsageError` for a file that can't be.
         """
         ranges: list[GuestRange] = []
-        try:
+        with contextlib.ExitStack() as undo:
             for address, path in files:
-                try:
-                    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-                except OSError as error:
-                    raise UsageError(
-                        f"guest memory {path} can't be opened ({error.strerror}): make a file of the guest's size "
-                        "first, for example with truncate -s"
-                    ) from error
-                try:
-                    ranges.append(GuestRange(address, os.fstat(fd).st_size, fd, str(path)))
-                except (UsageError, OSError, ValueError) as error:
-                    os.close(fd)
-                    if isinstance(error, UsageError):
-                        raise
-                    raise UsageError(f"guest memory {path} can't be mapped: {error}") from error
-            return cls(ranges)
-        except BaseException:
-            for entry in ranges:
-                entry.close()
-            raise
+                ranges.append(_open_range(address, path))
+                undo.callback(ranges[-1].close)
+            guest = cls(ranges)
+            undo.pop_all()
+        return guest
 
     async def start_tracking(self) -> None:
         """Start to note which pages are dirtied by others than the devices."""
@@ -126,3 +136,18 @@ class Guest:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _open_range(address: int, path: Path) -> GuestRange:
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise UsageError(
+            f"guest memory {path} can't be opened ({error.strerror}): make a file of the guest's size first, for "
+            "example with truncate -s"
+        ) from error
+    try:
+        return GuestRange(address, os.fstat(fd).st_size, fd, str(path))
+    except BaseException:
+        os.close(fd)
+        raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vfiostream.devices.contract import Device
+from vfiostream.devices.contract import Device, as_sequence
 from vfiostream.errors import UsageError
 from vfiostream.guest import Guest
 from vfiostream.pipeline.progress import Progress, Summary
@@ -38,7 +38,7 @@ async def send(
     if not transport.answers:
         raise UsageError(f"{transport.address} is nobody who could take a device over: use save for a file")
     source = Source(
-        _several(device),
+        as_sequence(device),
         guest or Guest(),
         transport,
         policy or Precopy(),
@@ -68,9 +68,5 @@ async def receive(
     if not transport.answers:
         raise UsageError(f"{transport.address} is no live migration: use restore for a file")
     return await Target(
-        _several(device), guest or Guest(), transport, settings or Settings(), progress or Progress()
+        as_sequence(device), guest or Guest(), transport, settings or Settings(), progress or Progress()
     ).run()
-
-
-def _several(device: Device | Sequence[Device]) -> Sequence[Device]:
-    return (device,) if isinstance(device, Device) else device

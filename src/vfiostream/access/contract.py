@@ -6,13 +6,12 @@ are others. Every access passes the suite in ``tests/access_contract.py``.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 from vfiostream.buffers import Buffer
+from vfiostream.closing import Closing
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +49,7 @@ class DeviceInfo:
     num_irqs: int
 
 
-class Access(ABC):
+class Access(Closing):
     """A device that is open.
 
     Errors: :class:`~vfiostream.errors.DeviceRefused` when the device answers with an errno,
@@ -106,11 +105,3 @@ class Access(ABC):
     @abstractmethod
     async def aclose(self) -> None:
         """Let go; never raises; may be called again and under cancellation. Mapped views become invalid."""
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        await self.aclose()

@@ -94,7 +94,7 @@ async def connect(path: str, *, timeout: float = 60.0) -> VfioUserAccess:
         limits = await _agree(channel, min(timeout, VERSION_TIMEOUT))
         info = await _get_info(channel, timeout)
     except BaseException:
-        channel.close()
+        await channel.aclose()
         raise
     return VfioUserAccess(channel, memory, info, limits, timeout)
 
@@ -208,15 +208,17 @@ class VfioUserAccess(Access):
         await self._channel.call("resetting the device", Command.DEVICE_RESET, timeout=self._timeout)
 
     async def aclose(self) -> None:
-        self._channel.close()
-        self._memory.close()
-        for mapping in self._mappings:
-            mapping.close()
-        for fd in self._region_fds.values():
-            os.close(fd)
-        self._areas.clear()
-        self._mappings.clear()
-        self._region_fds.clear()
+        try:
+            await self._channel.aclose()
+        finally:
+            self._memory.close()
+            for mapping in self._mappings:
+                mapping.close()
+            for fd in self._region_fds.values():
+                os.close(fd)
+            self._areas.clear()
+            self._mappings.clear()
+            self._region_fds.clear()
 
     # ---- region info
 

@@ -130,13 +130,20 @@ class Channel:
         if self._unusable is not None:
             raise DeviceLost(f"{self.name}: the connection can't be used ({self._unusable}); open the device again")
 
-    def close(self) -> None:
-        """Close the socket; a call that waits ends with :class:`~vfiostream.errors.DeviceLost`. May be called again."""
+    async def aclose(self) -> None:
+        """Close the socket; a call that waits ends with :class:`~vfiostream.errors.DeviceLost`. May be called again,
+        and under cancellation.
+        """
         self._unusable = self._unusable or "it was closed"
-        self._close_fds()
-        if self._socket.fileno() >= 0:
-            anyio.notify_closing(self._socket)
+        if self._socket.fileno() < 0:
+            return
+        anyio.notify_closing(self._socket)
+        try:
+            # Who waits goes before the descriptor does: anyio knows them by its number, which the next socket may get.
+            await anyio.lowlevel.cancel_shielded_checkpoint()
+        finally:
             self._socket.close()
+            self._close_fds()
 
     # ---- sending
 
@@ -294,6 +301,8 @@ class Channel:
     # ---- what goes wrong
 
     async def _wait(self, until_ready: Callable[[socket.socket], Awaitable[None]]) -> None:
+        if self._unusable is not None:  # aclose has woken those who waited, and nobody would wake this one
+            raise self._lost(self._unusable)
         try:
             await until_ready(self._socket)
         except anyio.ClosedResourceError as error:

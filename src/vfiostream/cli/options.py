@@ -91,7 +91,6 @@ def guest_memory(command: Command) -> Command:
         type=option_type(parse_guest_memory),
         metavar="GPA=FILE",
         multiple=True,
-        callback=lambda _ctx, _parameter, given: tuple(sorted(given)),
         help="A file that holds guest memory from guest physical address GPA on, all of it. May be repeated.",
     )
     return option(command)

@@ -18,12 +18,12 @@ after it, and guest memory is first read after it.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 from vfiostream.buffers import Buffer
+from vfiostream.closing import Closing
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class DeviceDescription:
     """None for a device that is not on PCI."""
 
 
-class Device(ABC):
+class Device(Closing):
     """One device, open for one migration. Methods are called by one task at a time.
 
     Errors are those of :class:`vfiostream.access.contract.Access`, and
@@ -181,10 +181,7 @@ class Device(ABC):
     async def aclose(self) -> None:
         """Let go of the device, in the state it is in; never raises, may be called again and under cancellation."""
 
-    async def __aenter__(self) -> Self:
-        return self
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        await self.aclose()
+def as_sequence(device: Device | Sequence[Device]) -> Sequence[Device]:
+    """One device, or several that move together, as several."""
+    return (device,) if isinstance(device, Device) else device

@@ -6,15 +6,14 @@ two may run at the same time. Every transport passes the suite in ``tests/transp
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Self
 
 from vfiostream.buffers import Buffer
+from vfiostream.closing import Closing
 
 
-class Transport(ABC):
+class Transport(Closing):
     """One ordered byte stream, in one direction or in both.
 
     Errors: a peer or link that is gone raises :class:`~vfiostream.errors.ConnectionLost`, anything else the operating
@@ -49,7 +48,8 @@ class Transport(ABC):
     @abstractmethod
     async def finish(self) -> None:
         """Say that nothing more will be sent. On a link, the peer's ``receive`` then returns 0. For a file, everything
-        is durable (file and folder synced) and has its final name when this returns, and not before. A ``send`` or
+        is durable (file and folder synced) and has its final name when this returns, and not before; where it raises,
+        the name is not given, or is taken back; if it can't be, the error says that the file is there. A ``send`` or
         ``finish`` after it raises :class:`~vfiostream.errors.LocalProtocolError`.
         """
 
@@ -60,16 +60,8 @@ class Transport(ABC):
         ``ConnectionLost`` or the end of the stream.
         """
 
-    async def __aenter__(self) -> Self:
-        return self
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        await self.aclose()
-
-
-class Listener(ABC):
+class Listener(Closing):
     """Where a transport comes from on the receiving side."""
 
     address: str
@@ -82,11 +74,3 @@ class Listener(ABC):
     @abstractmethod
     async def aclose(self) -> None:
         """Stop listening; transports that were accepted live on. Never raises; may be called again."""
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        await self.aclose()

@@ -3,6 +3,7 @@
 System calls run in worker threads that are never abandoned, for reads and writes of a file block. Invariants:
 
 - The final name appears only in ``finish``, after the content is durable; until then it is a hidden ``.partial`` file.
+  When ``finish`` fails after that, the name is taken back; a file that was replaced can't be, and the error says so.
 - A name that exists is never replaced unless that was asked for: ``link`` decides it, without a race.
 - ``_lock`` is held around every use of the descriptor, so that it is not closed under a thread that uses it.
 """
@@ -131,11 +132,16 @@ class FileWriter(_OpenFile):
             try:
                 os.fsync(self._fd)
                 self._give_name()
-                os.fsync(self._folder)
             except FileExistsError as error:
                 raise _exists(self.address) from error
             except OSError as error:
                 raise _failure(self.address, "finishing", error) from error
+            try:
+                if not self._replace:
+                    _unlink_if_there(self._folder, self._partial)
+                os.fsync(self._folder)
+            except OSError as error:
+                raise self._failed_when_named(error) from error
             self._torn = False
             self._finished = True
         logger.debug("%s: written and durable", self.address)
@@ -145,7 +151,28 @@ class FileWriter(_OpenFile):
             os.replace(self._partial, self._name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
         else:
             _link(self._folder, self._partial, self._name)
-            os.unlink(self._partial, dir_fd=self._folder)
+
+    def _failed_when_named(self, error: OSError) -> TransportError:
+        """The file has its name, and then ``error`` came: take the name back, unless the file before it is gone."""
+        if not self._replace:
+            try:
+                self._take_name_back()
+            except OSError as failed:
+                logger.debug("%s: the name can't be taken back: %s", self.address, failed.strerror)
+            else:
+                return _failure(self.address, "finishing", error)
+        return TransportError(
+            f"{self.address}: finishing failed ({error.strerror}) when the file was whole under its name; it is there "
+            "but may not be durable: check the file system, and remove the file if it is not wanted"
+        )
+
+    def _take_name_back(self) -> None:
+        try:
+            named = os.stat(self._name, dir_fd=self._folder, follow_symlinks=False)
+        except FileNotFoundError:
+            return
+        if os.path.samestat(named, os.fstat(self._fd)):  # else somebody has given the name to another file
+            os.unlink(self._name, dir_fd=self._folder)
 
     def _let_go(self, fd: int) -> None:
         try:
