@@ -84,7 +84,7 @@ def progress(command: Command) -> Command:
 
 
 def guest_memory(command: Command) -> Command:
-    """``--guest-memory``, as ``memory`` (:data:`GuestFiles`), in the order of addresses: the same at both ends."""
+    """``--guest-memory``, as ``memory`` (:data:`GuestFiles`)."""
     option = click.option(
         "--guest-memory",
         "memory",
