@@ -162,10 +162,9 @@ def test_a_busy_device_and_guest_memory_arrive(
         check_fields(summary, "summary of send, receive, save, restore, demo")
         assert [status["phase"] for status in statuses][-1] == "done"
         assert summary["bytes"] > 20 * MIB
-    summary = sender.events[-1]
-    assert list(summary["downtime"]) == ["pause", "stop", "memory", "config", "load", "start"]
-    assert sum(summary["downtime"].values()) == pytest.approx(summary["downtime_seconds"])
-    assert received.events[-1]["downtime"] is None
+        assert list(summary["downtime"]) == ["pause", "stop", "memory", "config", "load", "start"]
+        assert sum(summary["downtime"].values()) == pytest.approx(summary["downtime_seconds"])
+        assert summary["downtime"]["start"] > 0
 
     here, state = digest_and_state(source)
     assert state == State.STOP

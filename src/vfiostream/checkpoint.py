@@ -15,7 +15,7 @@ import anyio
 from vfiostream.devices.contract import Device, as_sequence
 from vfiostream.errors import StreamError, TransportError, UsageError
 from vfiostream.guest import Guest
-from vfiostream.pipeline.budget import Budget, largest_chunk
+from vfiostream.pipeline.budget import Budget, enough_for, largest_chunk
 from vfiostream.pipeline.frames import FrameReader
 from vfiostream.pipeline.progress import Progress, Summary
 from vfiostream.pipeline.settings import Settings
@@ -107,7 +107,7 @@ async def verify(transport: Transport, *, budget: int | None = None) -> Contents
     without a device: every check value, every position, every compressed payload. Raises
     :class:`~vfiostream.errors.StreamError` naming the first record that is wrong.
     """
-    settings = Settings() if budget is None else Settings(budget=budget)
+    settings = Settings(budget=enough_for(limits.MAX_CONTENT) if budget is None else budget)
     session = TargetSession(chunk=largest_chunk(settings.budget), answers=False)
     frames = FrameReader(transport, session, Budget(settings.budget, session.chunk))
     try:

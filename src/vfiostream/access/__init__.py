@@ -12,6 +12,8 @@ async def open_access(address: str, *, timeout: float = 60.0) -> Access:
     ``timeout`` is how many seconds the device may take for one operation. Raises
     :class:`~vfiostream.errors.UsageError` for any other address, and what the access itself raises.
     """
+    if not timeout > 0:
+        raise UsageError(f"a device that may take {timeout:g} s for an operation can do nothing: give it more")
     scheme, _, rest = address.partition(":")
     if scheme == "vfio-user" and rest:
         from vfiostream.access import vfio_user  # others need not load it

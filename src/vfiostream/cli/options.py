@@ -19,6 +19,7 @@ from vfiostream.cli.values import (
     parse_size,
     parse_time,
 )
+from vfiostream.pipeline.budget import Budget
 from vfiostream.pipeline.settings import Settings
 from vfiostream.policy import Precopy
 
@@ -155,6 +156,8 @@ def settings(*names: str, compression: int | None = None) -> Decorator:
         @functools.wraps(command)
         def made_of(**values: Any) -> Any:
             made = Settings(**{name: values.pop(name) for name in chosen})
+            if "chunk" in names:
+                Budget(made.budget, made.chunk)  # Refuses what has no room, before anybody is connected to.
             return command(settings=made, **values)
 
         add = [_SETTINGS[name] for name in names]

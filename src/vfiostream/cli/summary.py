@@ -23,8 +23,8 @@ def document(summary: Summary) -> dict[str, Any]:
         "bytes": summary.content,
         "transferred": summary.transferred,
         "total_seconds": summary.seconds,
-        "downtime_seconds": None if downtime is None else downtime.total,
-        "downtime": None if downtime is None else downtime._asdict(),
+        "downtime_seconds": downtime.total,
+        "downtime": downtime._asdict(),
         "throughput": summary.throughput,
         "peak_buffers": summary.peak_buffers,
         "warnings": list(summary.warnings),
@@ -38,9 +38,8 @@ def lines(summary: Summary) -> list[str]:
         f"content      {show_size(summary.content)}, {show_rate(summary.throughput)}",
         f"transferred  {show_size(summary.transferred)}",
     ]
-    if summary.downtime is not None:
-        phases = ", ".join(f"{name} {show_time(seconds)}" for name, seconds in summary.downtime._asdict().items())
-        found.append(f"downtime     {show_time(summary.downtime.total)}: {phases}")
+    phases = ", ".join(f"{name} {show_time(seconds)}" for name, seconds in summary.downtime._asdict().items())
+    found.append(f"downtime     {show_time(summary.downtime.total)}: {phases}")
     found.append(f"buffers      {show_size(summary.peak_buffers)} at most")
     found += [f"warning      {warning}" for warning in summary.warnings]
     return found

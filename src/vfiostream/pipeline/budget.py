@@ -26,6 +26,11 @@ def largest_chunk(limit: int) -> int:
     return max(limits.MIN_CHUNK, min(limits.MAX_CONTENT, (limit - _BESIDES) // 4))
 
 
+def enough_for(chunk: int) -> int:
+    """The smallest budget that chunks of ``chunk`` bytes go through."""
+    return 4 * chunk + _BESIDES
+
+
 class Lease:
     """A piece of the budget, with the memory for it."""
 
@@ -48,9 +53,9 @@ class Budget:
     """``limit`` bytes. Leases are granted in the order in which they were asked for."""
 
     def __init__(self, limit: int, chunk: int) -> None:
-        if limit < 4 * chunk + _BESIDES:
+        if limit < enough_for(chunk):
             raise UsageError(
-                f"a budget of {limit} bytes is too small for chunks of {chunk}: give at least {4 * chunk + _BESIDES}"
+                f"a budget of {limit} bytes is too small for chunks of {chunk}: give at least {enough_for(chunk)}"
             )
         self.limit = limit
         self.used = 0

@@ -61,9 +61,9 @@ def abort_code(error: BaseException) -> str:
     return "failed"
 
 
-def told(error: BaseException) -> str:
-    """The sentence that the peer is told of ``error``."""
-    return "cancelled" if isinstance(error, anyio.get_cancelled_exc_class()) else str(error) or type(error).__name__
+def told(error: BaseException, cancelled: str = "cancelled") -> str:
+    """The sentence that the peer is told of ``error``; ``cancelled`` if it is a cancellation."""
+    return cancelled if isinstance(error, anyio.get_cancelled_exc_class()) else str(error) or type(error).__name__
 
 
 def reason(text: str) -> str:

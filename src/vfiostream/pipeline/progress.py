@@ -64,8 +64,10 @@ class Summary:
     """Bytes on the link or in the file."""
     seconds: float
     """From the start of the session to the target's word that it runs; for a file, until it was durable."""
-    downtime: Downtime | None
-    """None on the target's side, which does not see all of it."""
+    downtime: Downtime
+    """On the target's side what it sees of it, from the source's word that it is stopped: ``pause`` and ``stop`` are
+    0, and ``start`` begins when everything is loaded.
+    """
     peak_buffers: int
     """Most bytes that were held of the byte budget."""
     warnings: tuple[str, ...] = field(default=())

@@ -423,7 +423,10 @@ class Source:
                 self._committed = False
                 raise PeerAborted(answer.code, answer.reason)
             case Abort():
-                raise OutcomeUnknown(f"the target was committed and is in doubt: {answer.reason}")
+                raise OutcomeUnknown(
+                    f"{self._transport.address}: the target was committed, and whether it runs is in doubt "
+                    f"({answer.reason}): the source stays stopped; look at the target's device before anything else"
+                )
             case None:
                 raise OutcomeUnknown(unknown)
 
@@ -516,7 +519,6 @@ class Source:
         """The ABORT that tells the target why; nothing where it knows, or can't be told."""
         if self._session.phase in (Phase.ABORTED, Phase.DONE) or not self._line.whole:
             return b""
-        head, _ = self._session.send(
-            Abort(failure.abort_code(error), failure.reason(failure.told(error)), stopped=False)
-        )
+        told = failure.told(error, "the source was cancelled: it runs on")
+        head, _ = self._session.send(Abort(failure.abort_code(error), failure.reason(told), stopped=False))
         return head

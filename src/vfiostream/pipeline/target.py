@@ -14,6 +14,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from time import monotonic
 
 import anyio
@@ -37,7 +38,7 @@ from vfiostream.pipeline import describe, failure
 from vfiostream.pipeline.budget import Budget, largest_chunk
 from vfiostream.pipeline.ending import to_the_end
 from vfiostream.pipeline.frames import FrameReader, Incoming, part
-from vfiostream.pipeline.progress import Progress, Summary
+from vfiostream.pipeline.progress import Downtime, Progress, Summary
 from vfiostream.pipeline.settings import Settings
 from vfiostream.protocol import framing, limits, records
 from vfiostream.protocol.payload import Decompressor
@@ -117,6 +118,8 @@ class Target:
         self._stopped = False
         """The devices were told to stop by us."""
         self._warnings: list[str] = []
+        self._times: list[float] = []
+        """When the source was stopped, as it said, and when the phases of the downtime ended that are seen here."""
         self._checked: MemoryObjectSendStream[_Pending]
         self._to_load: MemoryObjectReceiveStream[_Pending]
         self._checked, self._to_load = anyio.create_memory_object_stream[_Pending](math.inf)
@@ -143,13 +146,14 @@ class Target:
             for stream in (self._checked, self._to_load, self._packed, self._to_decompress):
                 stream.close()
         await to_the_end(self._start)
+        self._mark_end()
         self._progress.phase = "done"
         return Summary(
             self._session.rounds,
             self._progress.content,
             self._frames.transferred,
             monotonic() - self._began,
-            None,
+            Downtime(0.0, 0.0, *(late - early for early, late in pairwise(self._times))),
             self._budget.peak,
             tuple(self._warnings),
         )
@@ -283,9 +287,11 @@ class Target:
                 self._progress.round = record.number
                 self._progress.round_content = 0
             case RoundEnd():
+                self._mark_end()
                 if self._transport.answers and self._session.phase is Phase.ROUND_SENT:
                     await self._acknowledge("round")
             case State():
+                self._times.append(monotonic())
                 self._progress.phase = "stop-and-copy"
             case Pci():
                 await self._devices[record.stream].load_pci_config(content)
@@ -297,13 +303,20 @@ class Target:
                 await device.write(content)
                 self._count(content)
             case End():
+                self._mark_end()
                 for device in self._devices.values():
                     await device.finish_load()
                 self._progress.phase = "switchover"
                 if self._transport.answers:
                     await self._acknowledge("loaded")
+                self._mark_end()
             case _:
                 pass
+
+    def _mark_end(self) -> None:
+        """A phase of the downtime ends, if the source is stopped."""
+        if self._times:
+            self._times.append(monotonic())
 
     def _count(self, content: Buffer) -> None:
         self._progress.content += len(content)
@@ -375,7 +388,8 @@ class Target:
         """A driver did not run what it was given: make sure that none does, and tell the source what is certain.
         Returns what is to be raised.
         """
-        problem = str(error) or f"the device did not run within {self._settings.patience:g} s"
+        names = ", ".join(device.name for device in self._devices.values())
+        problem = str(error) or f"{names} did not run within {self._settings.patience:g} s of being told to"
         certain = False
         with anyio.move_on_after(self._settings.patience):
             certain = await self._stop_all()
@@ -384,7 +398,7 @@ class Target:
         if not certain:
             before = "before the source is resumed" if self._transport.answers else "before anything else"
             return OutcomeUnknown(
-                f"{problem}; and then it did not answer the order to stop, so it may run: look at it {before}"
+                f"{problem}; and then it did not carry out the order to stop, so it may run: look at it {before}"
             )
         return error if isinstance(error, VfiostreamError) else DeviceTimeout(problem)
 
@@ -409,7 +423,7 @@ class Target:
                 try:
                     await device.abandon()
                 except VfiostreamError as failed:
-                    # It was stopped before any data came and is never told to run.
+                    # It is never told to run what came. If it never took the order to stop, it runs what it had.
                     log.debug("%s: could not be told to stay stopped: %s", device.name, failed)
         if self._transport.answers:
             await part(self._transport, self._last_words(error))
@@ -418,7 +432,8 @@ class Target:
         """The ABORT that tells the source why; nothing where it has said one itself."""
         if self._session.phase in (Phase.ABORTED, Phase.DONE):
             return b""
-        return self._abort(failure.abort_code(error), failure.told(error), stopped=True)
+        told = failure.told(error, "the target was cancelled: nothing of this runs there")
+        return self._abort(failure.abort_code(error), told, stopped=True)
 
     def _abort(self, code: str, problem: str, *, stopped: bool) -> Buffer:
         head, _ = self._session.send(Abort(code, failure.reason(problem), stopped))

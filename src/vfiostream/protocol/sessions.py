@@ -575,5 +575,8 @@ class TargetSession(_Session):
                 raise ValueError(f"uses features that this side does not know: {', '.join(sorted(unknown))}")
         # Over a link the WELCOME can still bring the chunk down, in a file the HELLO's holds.
         if isinstance(record, Welcome if self._answers else Hello) and record.chunk > self._most:
-            raise ValueError(f"has chunks of {record.chunk} bytes, more than the {self._most} there is room for")
+            raise ValueError(
+                f"has chunks of {record.chunk} bytes, more than the {self._most} there is room for: "
+                "give a larger budget"
+            )
         super()._settle(record)
