@@ -47,11 +47,6 @@ class Held:
         setattr(device, name, held)
 
 
-async def turns() -> None:
-    for _ in range(50):
-        await asyncio.sleep(0)
-
-
 def native(test: Callable[[Machine, Machine], Awaitable[None]]) -> None:
     async def main() -> None:
         async with machines() as (source, target):
@@ -70,7 +65,7 @@ def test_asyncios_own_cancellation_after_the_commit_waits_for_the_outcome() -> N
         await run.reached.wait()
         for task in (sending, receiving, sending):
             task.cancel()
-            await turns()
+            await anyio.wait_all_tasks_blocked()
         run.go_on.set()
         sent, received = await asyncio.gather(sending, receiving)
         assert sent.content == received.content
@@ -89,7 +84,7 @@ def test_asyncios_own_cancellation_during_the_clean_up_does_not_leave_the_source
         sending.cancel()
         await resume.reached.wait()
         sending.cancel()
-        await turns()
+        await anyio.wait_all_tasks_blocked()
         resume.go_on.set()
         sent, received = await asyncio.gather(sending, receiving, return_exceptions=True)
         assert isinstance(sent, asyncio.CancelledError)

@@ -489,7 +489,7 @@ class Source:
             raise
         except TimeoutError as error:
             raise GuestError(f"the guest did not {what} within {limit:g} s: see to its VMM") from error
-        except Exception as error:
+        except Exception as error:  # The edge to the VMM's code: whatever it raises must not keep the source stopped.
             raise GuestError(f"the guest could not {what}: {error!r}") from error
 
     def _warn(self, warning: str) -> None:
