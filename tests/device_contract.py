@@ -7,6 +7,7 @@ at one is what subclasses vary.
 from __future__ import annotations
 
 import errno
+import inspect
 import itertools
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
@@ -78,14 +79,21 @@ async def drain(device: Device, size: int, cuts: Iterable[int] = (5 * PAGE,)) ->
     """Read what was captured, in pieces of the sizes in ``cuts``, over and over."""
     content = bytearray()
     for cut in itertools.cycle(cuts):
-        into = bytearray(b"\xa5" * cut)
-        count = await device.read_into(memoryview(into))
-        assert count == min(cut, size - len(content))
-        assert into[count:] == b"\xa5" * (cut - count)
-        content += into[:count]
-        if count == 0:
-            return bytes(content)
+        with await device.next(cut) as piece:
+            if not piece:
+                assert len(content) == size
+                return bytes(content)
+            assert len(piece) <= min(cut, size - len(content))
+            content += piece
     raise AssertionError("no cuts")
+
+
+async def read_all(device: Device) -> bytes:
+    """Read what was captured to its end, as it comes."""
+    content = b""
+    while piece := bytes(await device.next(5 * PAGE)):
+        content += piece
+    return content
 
 
 async def save(source: Device, device: ReferenceDevice, *, rounds: int = 3, cuts: Iterable[int] = (5 * PAGE,)) -> Saved:
@@ -228,7 +236,7 @@ class DeviceContract:
                 assert whole >= one.settings.memory
                 await drain(source, whole)
                 assert await source.capture() == 0
-                assert await source.read_into(memoryview(bytearray(10))) == 0
+                assert not await source.next(10)
                 one.workload.write(2)
                 assert 0 < await source.capture() < whole // 4
 
@@ -349,15 +357,14 @@ class DeviceContract:
 
     @pytest.mark.parametrize("where", ["idle", "logging", "capturing", "reading", "stopped", "config", "released"])
     async def test_resume_ends_a_session_from_everywhere(self, opened: Opener, where: str) -> None:
-        into = memoryview(bytearray(9 * PAGE))
         with driver() as one:
             async with opened(one) as source:
                 steps: list[tuple[str, Callable[[], Awaitable[object]]]] = [
                     ("idle", lambda: anyio.lowlevel.checkpoint()),
                     ("logging", source.start_precopy),
                     ("capturing", source.capture),
-                    ("reading", lambda: source.read_into(into)),
-                    ("", lambda: drain(source, one.settings.memory + PAGE - len(into))),
+                    ("reading", lambda: source.next(10 * PAGE)),
+                    ("", lambda: read_all(source)),
                     ("stopped", source.stop),
                     ("config", source.capture_config),
                     ("released", source.release),
@@ -483,7 +490,7 @@ class DeviceContract:
                     await target.run()
                 assert (caught.value.operation, caught.value.errno) == (named, number)
                 assert ("memory" in str(caught.value).partition(";")[2]) == (number == errno.ENOSPC)
-                calls: list[Callable[[], Awaitable[None]]] = [lambda: target.write(b""), target.finish_load, target.run]
+                calls: list[Callable[[], Awaitable[None]]] = [lambda: target.write(b"data"), target.finish_load, target.run]
                 for call in calls:
                     with pytest.raises(LocalProtocolError):
                         await call()
@@ -540,17 +547,16 @@ class DeviceContract:
     async def test_a_source_survives_being_cancelled(self, opened: Opener, n: int, in_the_middle: bool) -> None:
         with driver(capture_time=0.005, state_time=0.005) as one:
             async with opened(one) as source:
-                into = memoryview(bytearray(100 * PAGE))
                 calls: list[Callable[[], Awaitable[object]]] = [
                     source.start_precopy,
                     source.capture,
-                    lambda: source.read_into(into),
+                    lambda: read_all(source),
                     lambda: source.merge_dirty(IOVA, 0, memoryview(b"")),
                     source.stop,
                     source.capture,
-                    lambda: source.read_into(into),
+                    lambda: read_all(source),
                     source.capture_config,
-                    lambda: source.read_into(into),
+                    lambda: read_all(source),
                 ]
                 for call in calls[:n]:
                     await call()
@@ -590,11 +596,11 @@ class DeviceContract:
         ("before", "in_order"),
         [
             ([], {"start_precopy", "resume", "start_load", "abandon"}),
-            (["start_precopy"], {"capture", "read_into", "stop", "resume"}),
-            (["start_precopy", "stop"], {"capture", "read_into", "merge_dirty", "capture_config", "release", "resume"}),
+            (["start_precopy"], {"capture", "next", "stop", "resume"}),
+            (["start_precopy", "stop"], {"capture", "next", "merge_dirty", "capture_config", "release", "resume"}),
             (["start_precopy", "stop", "release"], {"resume"}),
             (["start_precopy", "stop", "resume"], {"start_precopy", "resume", "start_load", "abandon"}),
-            (["start_load"], {"begin_capture", "begin_config", "load_pci_config", "finish_load", "abandon"}),
+            (["start_load"], {"begin_capture", "begin_config", "load_pci_config", "finish_load", "room", "abandon"}),
             (["start_load", "finish_load"], {"run", "abandon"}),
             (["start_load", "finish_load", "run"], {"abandon"}),
             (["start_load", "abandon"], {"abandon"}),
@@ -604,14 +610,16 @@ class DeviceContract:
         self, opened: Opener, before: list[str], in_order: set[str]
     ) -> None:
         arguments: dict[str, tuple[Any, ...]] = {
-            "read_into": (memoryview(bytearray(10)),),
+            "next": (10,),
             "merge_dirty": (IOVA, 0, memoryview(b"")),
             "begin_capture": (0,),
             "begin_config": (10,),
             "write": (b"data",),
+            "room": (10,),
+            "fill": (10,),
         }
         source = ("start_precopy", "capture", "stop", "capture_config", "release", "resume")
-        target = ("start_load", "finish_load", "run", "abandon")
+        target = ("start_load", "deliver", "finish_load", "run", "abandon")
         with driver() as one:
             for name in (*source, *target, *arguments, "load_pci_config"):
                 if name == "merge_dirty" and before == ["start_precopy"]:
@@ -624,10 +632,10 @@ class DeviceContract:
                         await getattr(device, earlier)(*arguments.get(earlier, ()))
                     state, digest = one.state, one.digest()
                     if name in in_order:
-                        await getattr(device, name)(*arguments.get(name, ()))
+                        await called(device, name, *arguments.get(name, ()))
                     else:
                         with pytest.raises(LocalProtocolError):
-                            await getattr(device, name)(*arguments.get(name, ()))
+                            await called(device, name, *arguments.get(name, ()))
                         assert (one.state, one.digest()) == (state, digest)
 
     async def test_a_capture_is_read_to_its_end_before_the_next(self, opened: Opener) -> None:
@@ -637,7 +645,7 @@ class DeviceContract:
                     await source.start_precopy()
                     await source.stop()
                     size = await source.capture()
-                    await source.read_into(memoryview(bytearray(size - 1)))
+                    await source.next(size - 1)
                     with pytest.raises(LocalProtocolError, match="end"):
                         await getattr(source, call)()
                     await source.resume()
@@ -655,7 +663,7 @@ class DeviceContract:
                         await getattr(target, call)(*([] if call == "finish_load" else [100]))
                     await target.abandon()
 
-    async def test_more_than_announced_is_refused_whole(self, opened: Opener) -> None:
+    async def test_more_than_announced_is_refused(self, opened: Opener) -> None:
         with drivers({}, {}) as (one, other):
             async with opened(one) as source:
                 saved = await save(source, one)
@@ -663,10 +671,64 @@ class DeviceContract:
             async with opened(other) as target:
                 await target.start_load()
                 await target.begin_capture(len(saved.captures[0]))
+                assert len(target.room(1 << 40)) <= len(saved.captures[0])
+                with pytest.raises(LocalProtocolError, match="announced"):
+                    target.fill(len(saved.captures[0]) + 1)
+                assert other.digest() == before
                 with pytest.raises(LocalProtocolError, match="announced"):
                     await target.write(saved.captures[0] + b"!")
                 await target.abandon()
-            assert other.digest() == before
+
+    # ---- in place
+
+    async def test_what_lies_in_the_room_is_nothing_before_it_is_filled_and_delivered(self, opened: Opener) -> None:
+        with drivers({}, {}) as (one, other):
+            async with opened(one) as source:
+                saved = await save(source, one, rounds=0)
+            before = other.digest()
+            async with opened(other) as target:
+                await target.start_load()
+                content = saved.captures[0]
+                await target.begin_capture(len(content))
+                delivered = False
+                while room := target.room(len(content)):
+                    count = len(room)
+                    room[:] = b"\xff" * count
+                    assert len(target.room(len(content))) == count  # the same place, until it is filled
+                    room[:] = content[:count]
+                    room.release()
+                    assert delivered or other.digest() == before
+                    if target.fill(count):
+                        with pytest.raises(LocalProtocolError):
+                            target.room(1)
+                        await target.deliver()
+                        delivered = True
+                    content = content[count:]
+                assert not content
+                await target.begin_config(len(saved.config))
+                await target.write(saved.config)
+                await target.finish_load()
+                await target.run()
+                assert (other.state, other.digest()) == (State.RUNNING, one.digest())
+
+    async def test_a_place_that_waits_to_be_delivered_may_be_abandoned(self, opened: Opener) -> None:
+        with drivers({}, {}) as (one, other):
+            async with opened(one) as source:
+                saved = await save(source, one, rounds=0)
+            before = other.digest()
+            async with opened(other) as target:
+                await target.start_load()
+                content = memoryview(saved.captures[0])
+                await target.begin_capture(len(content))
+                while True:
+                    with target.room(len(content)) as room:
+                        count = len(room)
+                        room[:] = content[:count]
+                    if target.fill(count):
+                        break
+                    content = content[count:]
+                await target.abandon()
+                assert (other.state, other.digest()) == (State.STOP, before)
 
     # ---- closing
 
@@ -683,6 +745,13 @@ class DeviceContract:
                     with pytest.raises(VfiostreamError):
                         await call()
             assert one.state in (State.RUNNING, State.RUNNING_LOGGING)  # as it was left
+
+
+async def called(device: Device, name: str, *arguments: Any) -> None:
+    """Call a method, whether it is to be awaited or not."""
+    result = getattr(device, name)(*arguments)
+    if inspect.isawaitable(result):
+        await result
 
 
 def set_bits(bitmap: bytes | bytearray) -> set[int]:

@@ -7,6 +7,7 @@ which something can be planned; every frame passes through an interference that 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -101,7 +102,17 @@ def interposed(inner: Device, trace: Trace) -> Device:
 
         return call
 
-    kind = type("Interposed", (Device,), {name: method(name) for name in Device.__abstractmethods__})
+    def immediate(name: str) -> Callable[..., Any]:
+        def call(self: Device, *arguments: Any) -> Any:
+            return getattr(inner, name)(*arguments)
+
+        return call
+
+    calls = {
+        name: method(name) if inspect.iscoroutinefunction(getattr(Device, name)) else immediate(name)
+        for name in Device.__abstractmethods__
+    }
+    kind = type("Interposed", (Device,), calls)
     made = cast(Device, kind())
     made.name, made.description = inner.name, inner.description
     return made
@@ -191,7 +202,7 @@ class Link(Transport):
         await self._interfere(self, frame)
         await self._trace.passing(f"after send {frame.name}")
 
-    async def receive(self, into: memoryview) -> int:
+    async def receive(self, into: Sequence[memoryview]) -> int:
         self._check()
         await self._trace.passing("before receive")
         try:

@@ -309,9 +309,9 @@ async def test_the_guest_goes_on_even_if_its_tracking_can_not_be_stopped() -> No
 
 LOADS: dict[str, tuple[str, ...]] = {
     "CAPTURE": ("begin_capture",),
-    "MEMORY": ("write",),
+    "MEMORY": ("deliver",),
     "PCI": ("load_pci_config",),
-    "CONFIG": ("begin_config", "write"),
+    "CONFIG": ("begin_config", "deliver"),
     "END": ("finish_load",),
     "COMMIT": ("run",),
 }
@@ -438,11 +438,11 @@ async def test_a_reader_that_stalls_for_ever(budgets: list[Budget], compression:
     progress = Progress()
     like = replace(TINY, memory=8 * MIB)
     async with world(like=like) as made:
-        made.target.trace.plan["before write"] = for_ever
+        made.target.trace.plan["before deliver"] = for_ever
         stalled = anyio.Event()
 
         async def stand_still() -> None:
-            while "before write" not in made.target.trace.points:
+            while "before deliver" not in made.target.trace.points:
                 await anyio.wait_all_tasks_blocked()
             await anyio.wait_all_tasks_blocked()
             assert progress.content < like.memory
@@ -472,10 +472,10 @@ async def test_a_slow_target_with_frames_of_all_sizes(budgets: list[Budget], com
 
         async def slowly() -> None:
             # The reader gets as far ahead as it can.
-            made.target.trace.plan["before write"] = slowly
+            made.target.trace.plan["before deliver"] = slowly
             await anyio.wait_all_tasks_blocked()
 
-        made.target.trace.plan["before write"] = slowly
+        made.target.trace.plan["before deliver"] = slowly
         ours, theirs = replace(QUICK, compression=compression), replace(QUICK, budget=MIB + MIB // 2)
         await made.migrate(policy=Rewrite(3), settings=ours, theirs=theirs)
         assert made.moved

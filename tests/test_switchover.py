@@ -477,7 +477,7 @@ async def test_row_13_and_the_driver_refuses() -> None:
         check(8, made)
 
 
-@pytest.mark.parametrize("point", ["before start_load", "before write", "after finish_load", "after send ACK loaded"])
+@pytest.mark.parametrize("point", ["before start_load", "before deliver", "after finish_load", "after send ACK loaded"])
 async def test_row_14_the_target_is_cancelled(point: str) -> None:
     async with world() as made:
         made.target.trace.plan[point] = made.target.trace.cancel
@@ -528,7 +528,7 @@ async def test_row_18_the_source_is_killed_after_the_commit(caplog: pytest.LogCa
         assert "the source was not told" in caplog.text
 
 
-@pytest.mark.parametrize("point", ["before write", "after finish_load"])
+@pytest.mark.parametrize("point", ["before deliver", "after finish_load"])
 async def test_row_19_the_target_is_killed(point: str) -> None:
     async with world() as made:
         made.target.trace.plan[point] = made.target.kill
@@ -539,7 +539,7 @@ async def test_row_19_the_target_is_killed(point: str) -> None:
 
 async def test_row_20_the_target_hangs_and_the_policy_gives_up() -> None:
     async with world() as made:
-        made.target.trace.plan["before write"] = for_ever
+        made.target.trace.plan["before deliver"] = for_ever
         # Longer than the patience, which does not count here.
         await made.migrate(policy=Rounds(give_up_after=2 * HASTY.patience), settings=HASTY)
         check(20, made)
@@ -549,7 +549,7 @@ async def test_row_20_the_target_hangs_and_the_policy_gives_up() -> None:
 
 async def test_row_20_the_target_hangs_and_the_source_is_cancelled() -> None:
     async with world() as made:
-        made.target.trace.plan["before write"] = for_ever
+        made.target.trace.plan["before deliver"] = for_ever
 
         async def cancel_when_all_stands_still() -> None:
             await anyio.wait_all_tasks_blocked()
@@ -751,7 +751,7 @@ async def test_row_35_a_save_does_not_resume(tmp_path: Path) -> None:
 async def test_row_36_a_restore_is_cancelled(tmp_path: Path) -> None:
     async with world() as made:
         await made.save(tmp_path / "file")
-        made.target.trace.plan["before write"] = made.target.trace.cancel
+        made.target.trace.plan["before deliver"] = made.target.trace.cancel
         await made.restore(tmp_path / "file")
         check(36, made)
         assert made.target.result is None

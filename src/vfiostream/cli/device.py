@@ -62,6 +62,7 @@ def _choice(name: str, choices: tuple[str, ...], default: str, text: str) -> Dec
 @_choice("--mmap", ("whole", "sparse", "none"), _DEFAULTS.mmap, "What of the data regions can be mapped.")
 @_choice("--layout", ("natural", "packed"), _DEFAULTS.layout, "Of the control region.")
 @_time("--capture-time", _DEFAULTS.capture_time, "How long the driver takes to collect what has to be sent.")
+@_time("--chunk-time", _DEFAULTS.chunk_time, "How long a chunk of memory takes, out of the device or into it.")
 @_time("--state-time", _DEFAULTS.state_time, "How long a change of the device state takes.")
 @click.option(
     "--version-string",

@@ -14,6 +14,9 @@ States, and the only legal order of calls::
 After any failure or cancellation of a call, only ``resume`` or ``release`` (source) and ``abandon`` (target) are in
 order. A driver may begin to report dirty guest pages only when the first capture has been read: ``merge_dirty`` comes
 after it, and guest memory is first read after it.
+
+Bytes are never copied here unless :meth:`Device.write` is asked to: what goes out is sent from where the driver put it,
+what comes in is received where the driver will look for it.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vfiostream._accel import copy
 from vfiostream.buffers import Buffer
 from vfiostream.closing import Closing
 
@@ -80,13 +84,17 @@ class Device(Closing):
     @abstractmethod
     async def capture(self) -> int:
         """Let the driver collect what has to be sent now; returns its size in bytes, known exactly, 0 for nothing. The
-        capture before must have been read to its end. Only with ``description.device_memory``.
+        capture before must have been taken to its end. Only with ``description.device_memory``.
         """
 
     @abstractmethod
-    async def read_into(self, into: memoryview) -> int:
-        """Copy the next bytes of the capture or config into ``into`` and return how many: all of ``into`` unless the
-        capture ends first; 0 at its end. The caller reads until 0.
+    async def next(self, most: int) -> memoryview:
+        """The next bytes of the capture or config where they lie: at least one and at most ``most`` (more than 0) of
+        them, or none at its end. The caller asks until there are none.
+
+        The bytes are the device's own (a region that is mapped, or at most ``most`` bytes of a buffer where it can't
+        be) and stay what they are until the next call to the device: whoever needs them longer copies them. The caller
+        releases the view before that call. May return without having waited for anything.
         """
 
     @abstractmethod
@@ -104,8 +112,8 @@ class Device(Closing):
 
     @abstractmethod
     async def capture_config(self) -> int:
-        """Let the driver collect its config, while stopped; returns its size in bytes. :meth:`read_into` then reads
-        it as it reads a capture.
+        """Let the driver collect its config, while stopped; returns its size in bytes. :meth:`next` then gives it as
+        it gives a capture.
         """
 
     @abstractmethod
@@ -139,16 +147,43 @@ class Device(Closing):
         """A capture of ``size`` bytes follows. Raises :class:`~vfiostream.errors.DeviceRefused` where it can't fit."""
 
     @abstractmethod
-    async def write(self, data: Buffer) -> None:
-        """Take the next bytes of the capture or config. They reach the driver when a region is full or the capture
-        ends, and then only in order. More than the announced size is a
+    def room(self, most: int) -> memoryview:
+        """Where the next bytes of the capture or config go: at most ``most`` (more than 0) of them, none where all that
+        was announced is there.
+
+        The place is the device's own, as that of :meth:`next`, and no driver looks at it: what is put there may be
+        anything until :meth:`fill` says that it is right. Asking again gives the same place, until then. The caller
+        releases the view before it calls :meth:`fill`.
+        """
+
+    @abstractmethod
+    def fill(self, count: int) -> bool:
+        """The first ``count`` bytes (more than 0) of the :meth:`room` are there, and right. Returns whether :meth:`deliver` comes
+        next, before any other call but :meth:`abandon`. More than there was room for is a
         :class:`~vfiostream.errors.LocalProtocolError`.
         """
 
     @abstractmethod
+    async def deliver(self) -> None:
+        """Let the driver take what is there: a region is full, or the capture or config ends."""
+
+    async def write(self, data: Buffer) -> None:
+        """Copy ``data`` to where the next bytes of the capture or config go, and deliver as it fills up. More than was
+        announced is a :class:`~vfiostream.errors.LocalProtocolError`.
+        """
+        rest = memoryview(data)
+        while rest:
+            with self.room(len(rest)) as room:
+                count = len(room)
+                copy(room, rest[:count])
+            if self.fill(count or len(rest)):  # without any room, it says what is wrong
+                await self.deliver()
+            rest = rest[count:]
+
+    @abstractmethod
     async def begin_config(self, size: int) -> None:
-        """The config follows in calls of :meth:`write`, ``size`` bytes; after all captures. The driver gets it in one
-        piece when the last byte is there.
+        """The config follows, ``size`` bytes, as a capture does; after all captures. The driver gets it in one piece
+        when the last byte is there.
         """
 
     @abstractmethod

@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal, Self, TypeAlias
 
-import anyio.lowlevel
-
 from vfiostream._accel import bitmap_merge
 from vfiostream.access.contract import Access
 from vfiostream.buffers import Buffer
@@ -44,6 +42,7 @@ class _Phase(StrEnum):
     RELEASED = "released"
     SOURCE_FAILED = "in a session that has failed"
     LOADING = "loading"
+    FILLED = "loading, with bytes that wait to be delivered"
     LOADED = "loaded"
     RUNNING = "running what it has loaded"
     ABANDONED = "abandoned"
@@ -55,7 +54,7 @@ _Calls: TypeAlias = dict[str, dict[_Phase, _Phase]]
 _SOURCE_CALLS: _Calls = {
     "start_precopy": {_Phase.IDLE: _Phase.LOGGING},
     "capture": {_Phase.LOGGING: _Phase.LOGGING, _Phase.STOPPED: _Phase.STOPPED},
-    "read_into": {_Phase.LOGGING: _Phase.LOGGING, _Phase.STOPPED: _Phase.STOPPED},
+    "next": {_Phase.LOGGING: _Phase.LOGGING, _Phase.STOPPED: _Phase.STOPPED},
     "merge_dirty": {_Phase.LOGGING: _Phase.LOGGING, _Phase.STOPPED: _Phase.STOPPED},
     "stop": {_Phase.LOGGING: _Phase.STOPPED},
     "capture_config": {_Phase.STOPPED: _Phase.STOPPED},
@@ -71,7 +70,9 @@ _SOURCE_CALLS: _Calls = {
 _TARGET_CALLS: _Calls = {
     "start_load": {_Phase.IDLE: _Phase.LOADING},
     "begin_capture": {_Phase.LOADING: _Phase.LOADING},
-    "write": {_Phase.LOADING: _Phase.LOADING},
+    "room": {_Phase.LOADING: _Phase.LOADING},
+    "fill": {_Phase.LOADING: _Phase.LOADING},
+    "deliver": {_Phase.FILLED: _Phase.LOADING},
     "begin_config": {_Phase.LOADING: _Phase.LOADING},
     "load_pci_config": {_Phase.LOADING: _Phase.LOADING},
     "finish_load": {_Phase.LOADING: _Phase.LOADED},
@@ -80,6 +81,7 @@ _TARGET_CALLS: _Calls = {
     "abandon": {
         _Phase.IDLE: _Phase.ABANDONED,
         _Phase.LOADING: _Phase.ABANDONED,
+        _Phase.FILLED: _Phase.ABANDONED,
         _Phase.LOADED: _Phase.ABANDONED,
         _Phase.RUNNING: _Phase.ABANDONED,
         _Phase.LOAD_FAILED: _Phase.ABANDONED,
@@ -107,6 +109,13 @@ class _Writing:
     size: int
     is_config: bool
     done: int = 0
+    unsent: int = 0
+    """Bytes of ``done`` that are not in the region yet, as it is not mapped there."""
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the driver takes what is in the region now."""
+        return self.done == self.size or self.done % self.region.size == 0
 
 
 class FourRegionDevice(Device):
@@ -171,25 +180,21 @@ class FourRegionDevice(Device):
             self._reading = _Reading(self._memory, size)
             return size
 
-    async def read_into(self, into: memoryview) -> int:
-        with self._call("read_into"):
-            await anyio.lowlevel.checkpoint()  # a mapped region is read without waiting for anything
+    async def next(self, most: int) -> memoryview:
+        with self._call("next"):
             reading = self._reading
-            if reading is None:
-                return 0
-            before = reading.done
-            stop = min(reading.size, before + len(into))
-            while reading.done < stop:
-                if reading.done == reading.fetched:
-                    await self._control.get_memory(reading.done)
-                    reading.fetched = min(reading.size, reading.done + reading.region.size)
-                count = min(stop, reading.fetched) - reading.done
-                start = reading.done - before
-                await reading.region.read(reading.done % reading.region.size, into[start : start + count])
-                reading.done += count
-            if reading.done == reading.size and not self._is_logging:
-                await self._set_state(State.RUNNING_LOGGING)
-            return stop - before
+            if reading is None or reading.done == reading.size:
+                # In posted order this ends the first capture: only now nothing in the region is needed any more.
+                if reading is not None and not self._is_logging:
+                    await self._set_state(State.RUNNING_LOGGING)
+                self._reading = None
+                return memoryview(b"")
+            if reading.done == reading.fetched:
+                await self._control.get_memory(reading.done)
+                reading.fetched = min(reading.size, reading.done + reading.region.size)
+            got = await reading.region.next(reading.done % reading.region.size, min(most, reading.fetched - reading.done))
+            reading.done += len(got)
+            return got
 
     async def merge_dirty(self, iova: int, pages: int, bitmap: memoryview) -> None:
         with self._call("merge_dirty"):
@@ -275,21 +280,40 @@ class FourRegionDevice(Device):
                 await self._control.set_memory_size(size)
             self._writing = _Writing(self._memory, size, is_config=False)
 
-    async def write(self, data: Buffer) -> None:
-        with self._call("write"):
-            await anyio.lowlevel.checkpoint()  # as in read_into
+    def room(self, most: int) -> memoryview:
+        self._check_call("room")
+        writing = self._writing
+        if writing is None or writing.done == writing.size:
+            return memoryview(bytearray())
+        start = writing.done % writing.region.size
+        return writing.region.room(start, min(most, writing.size - writing.done, writing.region.size - start))
+
+    def fill(self, count: int) -> bool:
+        self._check_call("fill")
+        writing = self._writing
+        if writing is None or count > writing.size - writing.done:
+            raise self._misuse(f"{count} bytes are more than was announced")
+        if not writing.region.is_mapped(writing.done % writing.region.size):
+            writing.unsent = count
+        writing.done += count
+        if writing.unsent or writing.is_due:
+            self._phase = _Phase.FILLED
+        return self._phase is _Phase.FILLED
+
+    async def deliver(self) -> None:
+        with self._call("deliver"):
             writing = self._writing
-            if writing is None or len(data) > writing.size - writing.done:
-                raise self._misuse(f"{len(data)} bytes are more than was announced")
-            rest = memoryview(data)
-            while rest:
-                start = writing.done % writing.region.size
-                piece = rest[: writing.region.size - start]
-                await writing.region.write(start, piece)
-                writing.done += len(piece)
-                rest = rest[len(piece) :]
-                if writing.done == writing.size or start + len(piece) == writing.region.size:
-                    await self._set_chunk(writing, writing.done - start - len(piece))
+            assert writing is not None
+            size = writing.region.size
+            if writing.unsent:
+                await writing.region.send((writing.done - writing.unsent) % size, writing.unsent)
+                writing.unsent = 0
+            if not writing.is_due:
+                return
+            if writing.is_config:
+                await self._control.set_config()
+            else:
+                await self._control.set_memory((writing.done - 1) // size * size)
 
     async def begin_config(self, size: int) -> None:
         with self._call("begin_config"):
@@ -348,13 +372,17 @@ class FourRegionDevice(Device):
     @contextmanager
     def _call(self, name: str) -> Iterator[None]:
         """Check that the call is in order. It leaves a failed device behind unless it comes to its end."""
-        is_source = name in _SOURCE_CALLS
-        then = (_SOURCE_CALLS if is_source else _TARGET_CALLS)[name].get(self._phase)
-        if then is None:
-            raise self._misuse(f"{name} is out of order while the device is {self._phase}")
-        self._phase = _Phase.SOURCE_FAILED if is_source else _Phase.LOAD_FAILED
+        then = self._check_call(name)
+        self._phase = _Phase.SOURCE_FAILED if name in _SOURCE_CALLS else _Phase.LOAD_FAILED
         yield
         self._phase = then
+
+    def _check_call(self, name: str) -> _Phase:
+        """Raise where the call is out of order; returns the phase that follows it."""
+        then = (_SOURCE_CALLS if name in _SOURCE_CALLS else _TARGET_CALLS)[name].get(self._phase)
+        if then is None:
+            raise self._misuse(f"{name} is out of order while the device is {self._phase}")
+        return then
 
     @property
     def _is_logging(self) -> bool:
@@ -366,12 +394,6 @@ class FourRegionDevice(Device):
         self._state = state
         if state.logging:
             self._captured_unlogged = False
-
-    async def _set_chunk(self, writing: _Writing, pos: int) -> None:
-        if writing.is_config:
-            await self._control.set_config()
-        else:
-            await self._control.set_memory(pos)
 
     def _require_all_read(self) -> None:
         if self._reading is not None and self._reading.done < self._reading.size:

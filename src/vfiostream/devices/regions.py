@@ -1,17 +1,16 @@
-"""Data regions: mapped where the device lets us, read and written by calls elsewhere.
+"""Data regions: used in place where the device lets us map them, read and written by calls elsewhere.
 
-A region may be mapped whole, in parts or not at all, and mapping may fail for any part. So each access is cut where
+A region may be mapped whole, in parts or not at all, and mapping may fail for any part. So each stretch is cut where
 mapped areas begin and end, and each piece goes the way it can.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Self
 
 from vfiostream._accel import copy
 from vfiostream.access.contract import Access, MappedArea, RegionInfo
-from vfiostream.buffers import Buffer
 from vfiostream.devices.control import operation
 
 
@@ -25,6 +24,8 @@ class Region:
         self._index = info.index
         self._name = name
         self._areas = tuple(areas)
+        self._buffer = bytearray()
+        """For what is not mapped; as large as the largest piece that was asked for."""
 
     @classmethod
     async def open(cls, access: Access, info: RegionInfo, name: str) -> Self:
@@ -32,45 +33,59 @@ class Region:
 
     async def read(self, offset: int, into: memoryview) -> None:
         """Fill ``into`` from ``offset`` on."""
-        start = offset
-        for end, mapped in self._pieces(offset, len(into)):
-            piece = into[start - offset : end - offset]
-            if mapped is not None:
-                copy(piece, mapped)
-            else:
-                with operation(self._access.name, f"read {len(piece)} bytes of its {self._name} at {start}"):
-                    await self._access.read_into(self._index, start, piece)
-            start = end
+        done = 0
+        while done < len(into):
+            with await self.next(offset + done, len(into) - done) as piece:
+                copy(into[done : done + len(piece)], piece)
+                done += len(piece)
 
-    async def write(self, offset: int, data: Buffer) -> None:
-        """Put ``data`` at ``offset``. The driver does not look at it before it is told to."""
-        whole = memoryview(data)
-        start = offset
-        for end, mapped in self._pieces(offset, len(whole)):
-            piece = whole[start - offset : end - offset]
-            if mapped is not None:
-                copy(mapped, piece)
-            else:
-                with operation(self._access.name, f"write {len(piece)} bytes of its {self._name} at {start}"):
-                    await self._access.write(self._index, start, piece)
-            start = end
+    async def next(self, offset: int, most: int) -> memoryview:
+        """The bytes from ``offset`` on, at least one and at most ``most``: in place where they are mapped, else read
+        into a buffer of this region, which the next call uses again.
+        """
+        end, mapped = self._piece(offset, most)
+        if mapped is not None:
+            return mapped
+        read = self._unmapped(end - offset)
+        with operation(self._access.name, f"read {len(read)} bytes of its {self._name} at {offset}"):
+            await self._access.read_into(self._index, offset, read)
+        return read
+
+    def room(self, offset: int, most: int) -> memoryview:
+        """Where bytes are to be put that are for ``offset`` and on, at least one and at most ``most``. The driver does
+        not look at them before it is told to.
+        """
+        end, mapped = self._piece(offset, most)
+        return self._unmapped(end - offset) if mapped is None else mapped
+
+    def is_mapped(self, offset: int) -> bool:
+        """Whether what is put in the room at ``offset`` is in the region with that, and :meth:`send` not needed."""
+        return self._piece(offset, 1)[1] is not None
+
+    async def send(self, offset: int, count: int) -> None:
+        """Write the first ``count`` bytes of the unmapped :meth:`room` at ``offset`` to the region."""
+        data = self._unmapped(count)
+        with operation(self._access.name, f"write {count} bytes of its {self._name} at {offset}"):
+            await self._access.write(self._index, offset, data)
 
     def forget_areas(self) -> None:
         """To be called before the access is closed."""
         self._areas = ()
 
-    def _pieces(self, offset: int, length: int) -> Iterator[tuple[int, memoryview | None]]:
-        """Cut a stretch: where each piece ends, and the memory it is mapped to, if it is."""
-        stop = offset + length
+    def _unmapped(self, size: int) -> memoryview:
+        if len(self._buffer) < size:
+            self._buffer = bytearray(size)
+        return memoryview(self._buffer)[:size]
+
+    def _piece(self, offset: int, most: int) -> tuple[int, memoryview | None]:
+        """Where the first piece of a stretch ends, and the memory it is mapped to, if it is."""
+        stop = offset + most
         for area in self._areas:
             area_end = area.offset + len(area.view)
-            if area_end <= offset or stop <= area.offset:
+            if area_end <= offset:
                 continue
             if offset < area.offset:
-                yield area.offset, None
-                offset = area.offset
+                return min(stop, area.offset), None
             end = min(stop, area_end)
-            yield end, area.view[offset - area.offset : end - area.offset]
-            offset = end
-        if offset < stop:
-            yield stop, None
+            return end, area.view[offset - area.offset : end - area.offset]
+        return stop, None

@@ -63,7 +63,10 @@ class Budget:
         """Most bytes that were out at a time."""
         self._chunk = chunk
         self._spare: list[bytearray] = []
-        self._waiting: deque[tuple[int, anyio.Event]] = deque()
+        self._granted = 0
+        """Whole chunks that were granted to somebody who waits, and will be taken from what lies spare."""
+        self._waiting: deque[tuple[int, bool, anyio.Event]] = deque()
+        """Of each who waits: the charge, whether it is for a whole chunk, and what is set when it is granted."""
 
     async def take(self, size: int, more: int = 0) -> Lease:
         """Wait until ``size`` bytes, and ``more`` that the holder will allocate itself, are free; return them. Raises
@@ -75,17 +78,19 @@ class Budget:
         if charge > self.limit:
             raise UsageError(f"{charge} bytes at once do not fit a budget of {self.limit}")
         if self._waiting or self.used + charge > self.limit:
-            entry = (charge, anyio.Event())
+            entry = (charge, self._is_chunk(size), anyio.Event())
             self._waiting.append(entry)
             try:
-                await entry[1].wait()
+                await entry[2].wait()
             except BaseException:
-                if entry[1].is_set():
+                if entry[2].is_set():
+                    self._granted -= entry[1]
                     self._give(None, charge)
                 else:
                     self._waiting.remove(entry)
                     self._grant()
                 raise
+            self._granted -= entry[1]
         else:
             self.used += charge
         self.peak = max(self.peak, self.used)
@@ -111,11 +116,12 @@ class Budget:
 
     def _trim(self) -> None:
         """What lies spare counts too: in use and spare together stay within the limit."""
-        while self._spare and self.used + len(self._spare) * self._chunk > self.limit:
+        while self._spare and self.used + (len(self._spare) - self._granted) * self._chunk > self.limit:
             self._spare.pop()
 
     def _grant(self) -> None:
         while self._waiting and self.used + self._waiting[0][0] <= self.limit:
-            charge, event = self._waiting.popleft()
+            charge, is_chunk, event = self._waiting.popleft()
             self.used += charge
+            self._granted += is_chunk
             event.set()

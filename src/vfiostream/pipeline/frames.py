@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import anyio
@@ -24,17 +25,19 @@ log = logging.getLogger("vfiostream.pipeline")
 
 LINGER = 2.0
 """Seconds that a side which gave up goes on reading, so that its last words are not lost to a reset."""
+LOOKAHEAD = 4096
+"""Bytes that may come ahead of the frame that is read: some headers' worth, and little to copy where it is payload."""
 
 
 @dataclass(slots=True)
 class Incoming:
-    """A frame with content, from the source."""
+    """A frame from the source, checked, accepted by the session."""
 
     record: Record
     prefix: Prefix
-    lease: Lease
-    """The payload (maybe of no bytes), and room in the budget for the content where that is compressed. The loader's to
-    release.
+    lease: Lease | None = None
+    """Its payload (maybe of no bytes), and room in the budget for the content where that is compressed; the loader's to
+    release. None where the payload was received in its place.
     """
     content: Buffer | None = None
     """What the payload stands for; set by whoever decompresses."""
@@ -43,12 +46,18 @@ class Incoming:
     def name(self) -> str:
         return records.name_of(self.prefix.type, self.prefix.sequence)
 
+    def release(self) -> None:
+        """Let go of payload and content."""
+        self.content = None
+        if self.lease is not None:
+            self.lease.release()
+
 
 async def _fill(transport: Transport, view: memoryview, where: str, *, at_start: bool = False) -> bool:
     """Receive until ``view`` is full; False where the stream ended instead, which is an error unless ``at_start``."""
     done = 0
     while done < len(view):
-        got = await transport.receive(view[done:])
+        got = await transport.receive([view[done:]])
         if got == 0:
             if at_start and done == 0:
                 return False
@@ -65,50 +74,121 @@ def _cut(transport: Transport, where: str, problem: str) -> Exception:
 
 
 class FrameReader:
-    """Reads the source's frames, each checked and accepted by the session before it is returned."""
+    """Reads the source's frames in two steps, so that a payload can be received in its place: :meth:`head`, then
+    :meth:`body`. With the end of a payload comes the start of what follows it, in one call.
+
+    May go on without waiting for anything as long as bytes are there: whoever reads in a loop lets others work.
+    """
 
     def __init__(self, transport: Transport, session: TargetSession, budget: Budget) -> None:
         self._transport = transport
         self._session = session
         self._budget = budget
-        self._prefix = bytearray(framing.PREFIX_SIZE)
         self._decompressor = Decompressor()
+        self._ahead = memoryview(bytearray(LOOKAHEAD))
+        self._start = self._end = 0
+        """What of ``_ahead`` has come and is not used yet."""
         self.transferred = 0
-        """Bytes that have come."""
+        """Bytes that have come in whole frames."""
 
-    async def read(self) -> Incoming | None:
-        """Return the next frame, or None where the stream ends between frames. Raises
-        :class:`~vfiostream.errors.StreamError` for a frame that must not be believed, and the transport's errors.
+    async def head(self) -> tuple[Prefix, Buffer] | None:
+        """Return prefix and header of the next frame, or None where the stream ends between frames. The prefix is
+        checked on its own, the header with the body. Raises :class:`~vfiostream.errors.StreamError` for a frame that
+        must not be believed, and the transport's errors.
         """
-        if not await _fill(self._transport, memoryview(self._prefix), self._session.next_record, at_start=True):
-            return None
-        prefix = self._session.parse(self._prefix)
+        where = self._session.next_record
+        while self._end - self._start < framing.PREFIX_SIZE:
+            if not await self._receive_ahead():
+                if self._start == self._end:
+                    return None
+                raise self._short(where, self._end - self._start, framing.PREFIX_SIZE)
+        prefix = self._session.parse(self._take(framing.PREFIX_SIZE))
+        header = memoryview(bytearray(prefix.header_size))
+        await self._fill([header], records.name_of(prefix.type, prefix.sequence))
+        return prefix, header
+
+    async def body(self, prefix: Prefix, header: Buffer, place: Sequence[memoryview]) -> Incoming:
+        """Receive the payload into ``place``, which is as large as it, and check and accept the frame. Where this
+        raises, what is in ``place`` is not to be used. Errors as :meth:`head`.
+        """
         where = records.name_of(prefix.type, prefix.sequence)
-        header = bytearray(prefix.header_size)
-        await _fill(self._transport, memoryview(header), where)
+        await self._fill(place, where)
+        self._session.check(prefix, header, place)
+        content = None
+        if prefix.type == Bitmap.type:
+            content = self._decompressor.content(place[0], prefix.flags, prefix.content_size, where)
+        record = self._session.receive(prefix, header, content)
+        self.transferred += prefix.frame_size
+        return Incoming(record, prefix, content=content)
+
+    async def leased_body(self, prefix: Prefix, header: Buffer) -> Incoming:
+        """As :meth:`body`, into memory of the budget."""
         expands = prefix.content_size if prefix.flags == framing.FLAG_ZSTD else 0
         lease = await self._budget.take(prefix.payload_size, expands)
         try:
-            await _fill(self._transport, lease.view, where)
-            self._session.check(prefix, header, (lease.view,))
-            content = None
-            if prefix.type == Bitmap.type:
-                content = self._decompressor.content(lease.view, prefix.flags, prefix.content_size, where)
-            record = self._session.receive(prefix, header, content)
+            frame = await self.body(prefix, header, [lease.view])
         except BaseException:
             lease.release()
             raise
-        self.transferred += prefix.frame_size
-        return Incoming(record, prefix, lease, content)
+        frame.lease = lease
+        return frame
+
+    async def read(self) -> Incoming | None:
+        """Return the next frame, leased, or None where the stream ends between frames. Errors as :meth:`head`."""
+        head = await self.head()
+        return None if head is None else await self.leased_body(*head)
 
     async def expect_end(self) -> None:
         """The stream must end here; raises :class:`~vfiostream.errors.StreamError`."""
-        if await _fill(self._transport, memoryview(self._prefix)[:1], "the end", at_start=True):
+        if self._start < self._end or await self._receive_ahead():
             raise StreamError("the stream", "goes on after its COMMIT: the file is damaged", self._transport.address)
 
     def ended(self) -> Exception:
-        """What to raise where :meth:`read` returned None too early."""
+        """What to raise where :meth:`head` or :meth:`read` returned None too early."""
         return _cut(self._transport, self._session.next_record, "is missing: the stream ends where it should come")
+
+    async def _fill(self, place: Sequence[memoryview], where: str) -> None:
+        """Fill ``place`` with what has come already, then with what comes."""
+        size = sum(map(len, place))
+        done = 0
+        left = []
+        for view in place:
+            count = min(len(view), self._end - self._start)
+            if count:
+                view[:count] = self._take(count)
+                done += count
+            if count < len(view):
+                left.append(view[count:])
+        while left:
+            # Here nothing is ahead any more.
+            got = await self._transport.receive([*left, self._ahead])
+            if got == 0:
+                raise self._short(where, done, size)
+            done += got
+            while left and got >= len(left[0]):
+                got -= len(left.pop(0))
+            if left:
+                left[0] = left[0][got:]
+            else:
+                self._start, self._end = 0, got
+
+    async def _receive_ahead(self) -> bool:
+        """Receive more than has come already; False where the stream ends."""
+        kept = self._end - self._start
+        if self._start:
+            self._ahead[:kept] = bytes(self._ahead[self._start : self._end])
+            self._start, self._end = 0, kept
+        got = await self._transport.receive([self._ahead[kept:]])
+        self._end += got
+        return got > 0
+
+    def _take(self, count: int) -> memoryview:
+        start = self._start
+        self._start += count
+        return self._ahead[start : self._start]
+
+    def _short(self, where: str, done: int, size: int) -> Exception:
+        return _cut(self._transport, where, f"is cut: the stream ends after {done} of {size} bytes")
 
 
 async def read_reply(transport: Transport, session: SourceSession) -> Record | None:
@@ -133,7 +213,7 @@ async def part(transport: Transport, last_words: Buffer = b"") -> None:
         try:
             await transport.send([last_words])
             await transport.finish()
-            while await transport.receive(scrap):
+            while await transport.receive([scrap]):
                 pass
         except VfiostreamError as error:
             log.debug("parting from %s: %s", transport.address, error)

@@ -1,27 +1,37 @@
 """What goes out from a source: records in line, compressed, within the credit, paced, whole and in order.
 
-The producer takes memory from the byte budget, fills it and puts it in line with its record; the sender gives it back
-when it is on its way. Both ends of the line and the compressors beside it run in the source's task group.
+Content goes from where it lies if it can stay there until it is sent; else it is copied into memory of the byte budget,
+which the sender gives back when it is on its way. Where a copy is made:
+
+- guest memory: it changes while it is read, and what is checked has to be what is sent;
+- what is compressed: the driver need not wait for that;
+- a device's memory where driver and link are both slow: the driver then collects what is next meanwhile. It costs the
+  copy, so it is done where the faster of the two takes longer than that (:data:`WORTH_A_COPY`).
+
+The sender and the compressors run in the source's task group.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 
 import anyio
-from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
+from vfiostream import _accel
 from vfiostream.buffers import Buffer
 from vfiostream.errors import ConnectionLost
 from vfiostream.pipeline.budget import Budget, Lease
 from vfiostream.pipeline.frames import LINGER, Pace
 from vfiostream.pipeline.progress import Progress
 from vfiostream.pipeline.settings import Settings
+from vfiostream.pipeline.workers import Workers
 from vfiostream.protocol import framing
 from vfiostream.protocol.payload import Compressor, bound, is_zero
-from vfiostream.protocol.records import Bitmap, Record
+from vfiostream.protocol.records import Bitmap, Config, Memory, Pages, Pci, Record
 from vfiostream.protocol.sessions import SourceSession
 from vfiostream.transports.contract import Transport
 
@@ -30,6 +40,10 @@ GRACE = 0.5
 """Seconds that a frame which is under way may take to end when everything is called off: a torn one would leave no way
 to say why.
 """
+WORTH_A_COPY = 0.15e-9
+"""Seconds a byte: about twice what copying takes (``docs/performance.md``)."""
+CAUGHT_UP = 2
+"""Records in line."""
 _HEADER_ROOM = 256
 """More than the header of any record that costs credit takes."""
 
@@ -39,13 +53,33 @@ class Outgoing:
     """A record on its way out."""
 
     record: Record
-    lease: Lease | None = None
-    """Its content; given back when it is sent."""
     payload: Buffer = b""
+    content_size: int = 0
     flags: int = 0
-    ready: anyio.Event | None = None
-    """Set when it is compressed; None where nothing has to be waited for."""
-    sent: anyio.Event = field(default_factory=anyio.Event)
+    check: int | None = None
+    """Of header and payload, if it is known."""
+    lease: Lease | None = None
+    """Where its content lies; given back when it is sent."""
+    packing: bool = False
+    """Whether a compressor still has it."""
+
+
+class Cost:
+    """Seconds that a byte takes somewhere, of late; 0 until that is known."""
+
+    _KEPT = 0.97
+    """Of what was seen before, at each addition."""
+
+    def __init__(self) -> None:
+        self._size = self._seconds = 0.0
+
+    def add(self, size: int, seconds: float) -> None:
+        self._size = self._KEPT * self._size + size
+        self._seconds = self._KEPT * self._seconds + seconds
+
+    @property
+    def per_byte(self) -> float:
+        return self._seconds / self._size if self._size else 0.0
 
 
 class Outbound:
@@ -58,6 +92,7 @@ class Outbound:
         self._progress = progress
         self._pace = Pace(settings.max_bandwidth)
         self.budget = Budget(settings.budget, settings.chunk)
+        self.compressors = Workers(Compressor, COMPRESSORS)
         self.content = 0
         """Bytes of content that were put in line, but bitmaps."""
         self.whole = True
@@ -66,91 +101,150 @@ class Outbound:
         """Whether it is the other end that has to do something now: give credit, or take a frame."""
         self.moved_at = 0.0
         """When the other end last did something, or was last given something to do."""
-        self._in_flight: anyio.CancelScope | None = None
-        self._send_until = math.inf
-        """When a frame that is under way is given up; set when everything is called off, or done."""
-        self._credit = anyio.Event()
-        self._unsent: MemoryObjectSendStream[Outgoing]
-        self._to_send: MemoryObjectReceiveStream[Outgoing]
-        self._unsent, self._to_send = anyio.create_memory_object_stream[Outgoing](math.inf)
-        self._raw: MemoryObjectSendStream[Outgoing]
-        self._to_compress: MemoryObjectReceiveStream[Outgoing]
-        self._raw, self._to_compress = anyio.create_memory_object_stream[Outgoing](math.inf)
+        self.driver = Cost()
+        """What collecting device memory takes the driver."""
+        self._link = Cost()
+        self._line: deque[Outgoing] = deque()
+        """The first is the one that is being sent."""
+        self._news = anyio.Event()
+        """Set when the sender may have something to do."""
+        self._shorter = anyio.Event()
+        """Set when the line has got shorter."""
+        self._sending = anyio.CancelScope(shield=True)
+        """Around the sender. What is under way is sent whole whoever is cancelled: only :meth:`call_off` ends it."""
+        self._off = False
 
     @property
     def compresses(self) -> bool:
         """Whether both ends agreed to compress; known after the greeting."""
         return bool(self._settings.compression) and "zstd" in self._session.features
 
+    # ---- in line
+
+    def put(self, record: Record) -> None:
+        """Put a record without content in line."""
+        self._append(Outgoing(record))
+
     async def take(self, size: int) -> Lease:
         """Memory for ``size`` bytes of content; waits until the budget has it."""
         return await self.budget.take(size, bound(size) if self.compresses else 0)
 
-    def put(self, record: Record, lease: Lease | None = None) -> Outgoing:
-        """Put a record in line; the lease with its content is the line's from here on."""
-        item = Outgoing(record, lease)
-        if lease is not None:
-            item.payload = lease.view
-            if not isinstance(record, Bitmap):
-                self.content += len(lease.view)
-                self._progress.content = self.content
-                self._progress.round_content += len(lease.view)
-                if is_zero(lease.view):
-                    item.payload, item.flags = b"", framing.FLAG_ZERO
-                elif self.compresses:
-                    item.ready = anyio.Event()
-                    self._raw.send_nowait(item)
-        self._unsent.send_nowait(item)
-        return item
+    def put_bitmap(self, record: Bitmap, lease: Lease) -> None:
+        """Put a bitmap in line; the lease is the line's from here on."""
+        self._append(Outgoing(record, lease.view, len(lease.view), lease=lease))
 
-    async def compress_all(self) -> None:
-        """A task, one of :data:`COMPRESSORS`: compress what is in line."""
-        compressor = Compressor(self._settings.compression)
-        async for item in self._to_compress:
-            packed = await anyio.to_thread.run_sync(compressor.compress, item.payload)
-            if packed is not None:
-                item.payload, item.flags = packed, framing.FLAG_ZSTD
-            assert item.ready is not None
-            item.ready.set()
+    def put_copied(self, record: Memory | Pages | Config | Pci, lease: Lease, check: int | None) -> None:
+        """Put content in line that was copied to ``lease``, which is the line's from here on. ``check`` is the check
+        value of header and content; None where the content is zeros.
+        """
+        size = len(lease.view)
+        self._count(size)
+        if check is None:
+            lease.release()
+            self._append(Outgoing(record, b"", size, framing.FLAG_ZERO))
+            return
+        item = Outgoing(record, lease.view, size, 0, check, lease)
+        if self.compresses:
+            item.packing = True
+            self.compressors.submit(partial(_compress, item.payload, self._settings.compression), partial(self._packed, item))
+        self._append(item)
+
+    async def carry(self, record: Memory | Config | Pci, content: memoryview) -> None:
+        """Send ``content`` from where it lies, or copy it. Returns when its place is not needed any more."""
+        if self.compresses or min(self.driver.per_byte, self._link.per_byte) > WORTH_A_COPY:
+            lease = await self.take(len(content))
+            self.put_copied(record, lease, _accel.copy_check(lease.view, content, *self._session.head(record)))
+            return
+        self._count(len(content))
+        if is_zero(content):
+            self._append(Outgoing(record, b"", len(content), framing.FLAG_ZERO))
+        else:
+            self._append(Outgoing(record, content, len(content)))
+        await self.flushed()
+
+    async def flushed(self) -> None:
+        """Wait until everything that was put in line is sent."""
+        await self._shorter_than(1)
+
+    async def caught_up(self) -> None:
+        """Wait until the sender has all but caught up. What is copied just before it is sent is still in the
+        processor's cache then, and what lies in line longer is in nobody's way only where compressors work on it.
+        """
+        if not self.compresses:
+            await self._shorter_than(CAUGHT_UP)
+
+    async def _shorter_than(self, length: int) -> None:
+        while len(self._line) >= length:
+            self._shorter = anyio.Event()
+            await self._shorter.wait()
+
+    def _append(self, item: Outgoing) -> None:
+        self._line.append(item)
+        if len(self._line) == 1:
+            self._news.set()
+
+    def _count(self, size: int) -> None:
+        self.content += size
+        self._progress.content = self.content
+        self._progress.round_content += size
+
+    def _packed(self, item: Outgoing, packed: bytes | None) -> None:
+        if packed is not None:
+            item.payload, item.flags, item.check = packed, framing.FLAG_ZSTD, None
+        item.packing = False
+        self._news.set()
+
+    # ---- on its way
 
     async def send_all(self) -> None:
-        """A task: send what is in line, as far as credit and bandwidth go."""
-        async for item in self._to_send:
-            if item.ready is not None:
-                await item.ready.wait()
-            size = framing.PREFIX_SIZE + _HEADER_ROOM + len(item.payload)
-            await self._pace.wait(size)
-            self.moved_at = anyio.current_time()
-            self.waiting = True
-            while not self._session.affords(size):
-                self._credit = anyio.Event()
-                await self._credit.wait()
-            await self._send_whole(self._framed(item))
-            self.moved_at = anyio.current_time()
-            self.waiting = False
-            item.payload = b""
-            if item.lease is not None:
-                item.lease.release()
-            item.sent.set()
+        """A task: send what is in line, as far as credit and bandwidth go, until it is called off."""
+        with self._sending:
+            while not self._off:
+                if self._line and not self._line[0].packing:
+                    await self._send_first()
+                else:
+                    await self._wait()
 
-    def _framed(self, item: Outgoing) -> tuple[bytes, Buffer]:
-        content = item.lease.view if item.lease is not None else b""
-        bitmap = content if isinstance(item.record, Bitmap) else None
-        return self._session.send(item.record, item.payload, flags=item.flags, content_size=len(content), bitmap=bitmap)
-
-    async def _send_whole(self, buffers: Sequence[Buffer]) -> None:
+    async def _send_first(self) -> None:
+        item = self._line[0]
+        size = framing.PREFIX_SIZE + _HEADER_ROOM + len(item.payload)
+        await self._pace.wait(size)
+        self.moved_at = anyio.current_time()
+        self.waiting = True
+        while not self._session.affords(size):
+            await self._wait()
+            if self._off:
+                return
+        bitmap = item.payload if isinstance(item.record, Bitmap) else None
+        buffers = self._session.send(
+            item.record,
+            item.payload,
+            flags=item.flags,
+            content_size=item.content_size,
+            bitmap=bitmap,
+            check=item.check,
+        )
+        began = anyio.current_time()
         try:
-            with anyio.CancelScope(shield=True, deadline=self._send_until) as self._in_flight:
-                await self.hand_over(buffers)
-            if self._in_flight.cancelled_caught:
-                await anyio.sleep_forever()  # Called off: this task is about to be cancelled.
+            await self.hand_over(buffers)
         except ConnectionLost:
-            # The target may have said why before it closed: the listener finds that, and cancels this.
+            # The target may have said why before it closed: the listener finds that, and all is called off.
             with anyio.move_on_after(LINGER if self._transport.answers else 0):
                 await anyio.sleep_forever()
             raise
-        finally:
-            self._in_flight = None
+        self.moved_at = anyio.current_time()
+        self._link.add(size, self.moved_at - began)
+        self.waiting = False
+        self._line.popleft()
+        if item.lease is not None:
+            item.payload = b""
+            item.lease.release()
+        self._shorter.set()
+
+    async def _wait(self) -> None:
+        """Wait until something may have changed for the sender."""
+        self._news = anyio.Event()
+        await self._news.wait()
 
     async def hand_over(self, buffers: Sequence[Buffer]) -> None:
         """Send a frame that the session has made, past the line."""
@@ -162,15 +256,18 @@ class Outbound:
     def credit_came(self) -> None:
         """The target may have given credit."""
         self.moved_at = anyio.current_time()
-        self._credit.set()
+        self._news.set()
 
     def call_off(self) -> None:
         """Nothing more is to be sent but what is under way now, for :data:`GRACE` seconds."""
-        self._send_until = anyio.current_time() + GRACE
-        if self._in_flight is not None:
-            self._in_flight.deadline = self._send_until
+        self._off = True
+        self._sending.deadline = anyio.current_time() + GRACE
+        self._news.set()
 
     def close(self) -> None:
         """Let go of what is still in line."""
-        for stream in (self._unsent, self._to_send, self._raw, self._to_compress):
-            stream.close()
+        self._line.clear()
+
+
+def _compress(content: Buffer, level: int, compressor: Compressor) -> bytes | None:
+    return compressor.compress(content, level)

@@ -1,8 +1,7 @@
 """The source of a migration, and the writer of a checkpoint.
 
-Tasks: the producer (devices, guest memory, policy) takes from the byte budget; compressors, one zstd context each;
-the sender, in order, gives back; over a link, a listener for the target's answers and a watch on its silence. They
-live in one task group that has ended before the commit: what follows is one straight line (``docs/switchover.md``).
+Tasks: the producer (devices, guest memory, policy) takes from the byte budget; the sender, in order, gives back; beside
+them threads that compress; over a link, a listener for the target's answers and a watch on its silence. They live in one task group that has ended before the commit: what follows is one straight line (``docs/switchover.md``).
 
 Whatever fails before the commit ends with the source running.
 """
@@ -37,10 +36,9 @@ from vfiostream.errors import (
 )
 from vfiostream.guest import Guest, GuestRange
 from vfiostream.pipeline import describe, failure
-from vfiostream.pipeline.budget import Lease
 from vfiostream.pipeline.ending import to_the_end
 from vfiostream.pipeline.frames import part, read_reply
-from vfiostream.pipeline.outbound import COMPRESSORS, Outbound
+from vfiostream.pipeline.outbound import Outbound
 from vfiostream.pipeline.progress import Downtime, Progress, Summary
 from vfiostream.pipeline.settings import Settings
 from vfiostream.policy import RoundReport, Verdict
@@ -188,8 +186,7 @@ class Source:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._line.send_all)
             if self._line.compresses:
-                for _ in range(COMPRESSORS):
-                    tasks.start_soon(self._line.compress_all)
+                tasks.start_soon(self._line.compressors.run)
             if self._transport.answers:
                 tasks.start_soon(self._listen)
                 tasks.start_soon(self._watch)
@@ -268,7 +265,8 @@ class Source:
             await self._resume()
             times += [times[-1], monotonic()]
             self._progress.phase = "finishing"
-        await self._line.put(End(self._round, self._line.content)).sent.wait()
+        self._line.put(End(self._round, self._line.content))
+        await self._line.flushed()
         if self._transport.answers:
             self._awaited = True
             await self._acks.receive()
@@ -286,49 +284,42 @@ class Source:
                 await self._send_capture(stream, device)
         for stream, area in self._ranges:
             await self._send_pages(stream, area)
-        end = self._line.put(RoundEnd(self._round))
+        self._line.put(RoundEnd(self._round))
         if last:
             return
         if self._transport.answers:
             await self._acks.receive()
         else:
-            await end.sent.wait()
+            await self._line.flushed()
 
     async def _send_capture(self, stream: int, device: Device) -> None:
         size = await device.capture()
         self._captures[stream] += 1
         self._line.put(Capture(stream, self._captures[stream], size))
-        pos = 0
-        while pos < size:
-            lease = await self._read(device, min(self._session.chunk, size - pos))
-            self._line.put(Memory(stream, pos), lease)
-            pos += len(lease.view)
-        await self._read_end(device)
+        await self._send_content(device, size, lambda pos: Memory(stream, pos))
 
     async def _send_config(self, stream: int, device: Device) -> None:
         pci = await device.read_pci_config()
         if pci is not None:
-            lease = await self._line.take(len(pci))
-            lease.view[:] = pci
-            self._line.put(Pci(stream), lease)
+            await self._line.carry(Pci(stream), memoryview(pci))
         size = await device.capture_config()
+        await self._send_content(device, size, lambda pos: Config(stream, pos, size))
+
+    async def _send_content(self, device: Device, size: int, record: Callable[[int], Memory | Config]) -> None:
+        """Send a capture or the config; ``record`` makes the record of what begins at a position."""
         pos = 0
-        while pos < size:
-            lease = await self._read(device, min(self._session.chunk, size - pos))
-            self._line.put(Config(stream, pos, size), lease)
-            pos += len(lease.view)
-        await self._read_end(device)
-
-    async def _read(self, device: Device, size: int) -> Lease:
-        lease = await self._line.take(size)
-        got = await device.read_into(lease.view)
-        if got != size:
-            raise DeviceBroken(f"{device.name}: the device's state ends {size - got} bytes before the size it told")
-        return lease
-
-    async def _read_end(self, device: Device) -> None:
-        if await device.read_into(memoryview(bytearray(1))):
-            raise DeviceBroken(f"{device.name}: the device's state goes on beyond the size it told")
+        while True:
+            asked = monotonic()
+            with await device.next(self._session.chunk) as content:
+                if not content:
+                    break
+                self._line.driver.add(len(content), monotonic() - asked)
+                if len(content) > size - pos:
+                    raise DeviceBroken(f"{device.name}: the device's state goes on beyond the size it told")
+                await self._line.carry(record(pos), content)
+                pos += len(content)
+        if pos != size:
+            raise DeviceBroken(f"{device.name}: the device's state ends {size - pos} bytes before the size it told")
 
     async def _send_pages(self, stream: int, area: GuestRange) -> None:
         for page in range(0, area.pages, limits.MAX_BITMAP_PAGES):
@@ -339,14 +330,19 @@ class Source:
             if not runs:
                 lease.release()
                 continue
-            self._line.put(Bitmap(stream, page, pages), lease)
-            memory = area.view[page * limits.PAGE_SIZE : (page + pages) * limits.PAGE_SIZE]
+            self._line.put_bitmap(Bitmap(stream, page, pages), lease)
+            start = page * limits.PAGE_SIZE
+            memory = area.view[start : start + pages * limits.PAGE_SIZE]
             left = sum(runs[1::2]) * limits.PAGE_SIZE
             pos = index = skip = 0
             while left:
+                await self._line.caught_up()
                 lease = await self._line.take(min(left, self._session.chunk // limits.PAGE_SIZE * limits.PAGE_SIZE))
-                filled, index, skip = _accel.gather(memory, runs, index, skip, lease.view, limits.PAGE_SIZE)
-                self._line.put(Pages(stream, pos), lease)
+                record = Pages(stream, pos)
+                filled, index, skip, check = _accel.gather_check(
+                    memory, runs, index, skip, lease.view, limits.PAGE_SIZE, *self._session.head(record)
+                )
+                self._line.put_copied(record, lease, check)
                 pos += filled
                 left -= filled
 

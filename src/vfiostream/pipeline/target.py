@@ -1,9 +1,15 @@
 """The target of a migration, and the reader of a checkpoint.
 
-Tasks: the reader takes from the byte budget and checks frame by frame; decompressors; the loader, in order, gives to
-devices and guest memory and gives back. Once anything is wrong the loader is cancelled: nothing more is given to a
-device. The task group has ended before the commit is read; what follows is one straight line
-(``docs/switchover.md``).
+Tasks: the reader takes what comes and checks it, frame by frame; the loader, in order, gives it to devices and guest
+memory; beside them threads that decompress, and one that makes guest memory present.
+
+Content is received in its place (a device's region, guest memory) if its place is known and nothing that came before is
+still with the loader; else into memory of the byte budget, which the loader gives back. So a copy is made just where it
+lets the link go on while a driver works. The place follows from what was announced and checked before, never from the
+frame that is being received; and what lies in a region reaches the device by the loader only, after the checks. Once
+anything is wrong the loader is cancelled: nothing more is given to a device.
+
+The task group has ended before the commit is read; what follows is one straight line (``docs/switchover.md``).
 """
 
 from __future__ import annotations
@@ -11,6 +17,7 @@ from __future__ import annotations
 import logging
 import math
 from array import array
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +25,7 @@ from itertools import pairwise
 from time import monotonic
 
 import anyio
-from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+import anyio.lowlevel
 
 from vfiostream import _accel
 from vfiostream.buffers import Buffer
@@ -38,9 +45,12 @@ from vfiostream.pipeline import describe, failure
 from vfiostream.pipeline.budget import Budget, largest_chunk
 from vfiostream.pipeline.ending import to_the_end
 from vfiostream.pipeline.frames import FrameReader, Incoming, part
+from vfiostream.pipeline.presence import Presence
 from vfiostream.pipeline.progress import Downtime, Progress, Summary
 from vfiostream.pipeline.settings import Settings
+from vfiostream.pipeline.workers import Workers
 from vfiostream.protocol import framing, limits, records
+from vfiostream.protocol.framing import Prefix
 from vfiostream.protocol.payload import Decompressor
 from vfiostream.protocol.records import (
     Abort,
@@ -55,7 +65,7 @@ from vfiostream.protocol.records import (
     Memory,
     Pages,
     Pci,
-    Record,
+    RecordType,
     Round,
     RoundEnd,
     State,
@@ -74,10 +84,36 @@ DECOMPRESSORS = 2
 class _Window:
     """The pages of a range that are being received."""
 
+    area: GuestRange
+    start: int
+    """Of the window, in bytes from the start of the range."""
     memory: memoryview
     runs: array[int]
+    """Pages that come: of each run its first page and how many."""
     index: int = 0
+    """Of the run that is next."""
     skip: int = 0
+    """Pages of it that have come."""
+
+    @property
+    def is_done(self) -> bool:
+        return self.index == len(self.runs) // 2
+
+    @property
+    def pos(self) -> int:
+        """Where the next page goes, in bytes from the start of the window."""
+        return (self.runs[2 * self.index] + self.skip) * limits.PAGE_SIZE
+
+    @property
+    def run_left(self) -> int:
+        """Bytes of the run that are still to come."""
+        return (self.runs[2 * self.index + 1] - self.skip) * limits.PAGE_SIZE
+
+    def advance(self, size: int) -> None:
+        """``size`` bytes came, not more than :attr:`run_left`."""
+        self.skip += size // limits.PAGE_SIZE
+        if self.skip == self.runs[2 * self.index + 1]:
+            self.index, self.skip = self.index + 1, 0
 
 
 @dataclass(slots=True, eq=False)
@@ -85,8 +121,10 @@ class _Pending:
     """A frame between reader and loader."""
 
     frame: Incoming
-    ready: anyio.Event | None = None
-    """Set when it is decompressed; None where nothing has to be waited for."""
+    packed: bool = False
+    """Whether a decompressor still has it."""
+    delivers: bool = False
+    """Whether it is in its place, and the driver is to take what is there."""
 
 
 class Target:
@@ -110,8 +148,12 @@ class Target:
         self._budget = Budget(settings.budget, chunk)
         self._session = TargetSession(chunk=chunk, answers=transport.answers)
         self._frames = FrameReader(transport, self._session, self._budget)
+        self._present = Presence(guest.ranges)
+        self._decompressors = Workers(Decompressor, DECOMPRESSORS)
         self._windows: dict[int, _Window] = {}
         self._zeros = memoryview(b"")
+        self._saying = anyio.Lock()
+        """Around what is said to the source: reader and loader both let go of frames."""
         self._spent = 0
         """Bytes of frames that were let go of."""
         self._granted = 0
@@ -120,12 +162,10 @@ class Target:
         self._warnings: list[str] = []
         self._times: list[float] = []
         """When the source was stopped, as it said, and when the phases of the downtime ended that are seen here."""
-        self._checked: MemoryObjectSendStream[_Pending]
-        self._to_load: MemoryObjectReceiveStream[_Pending]
-        self._checked, self._to_load = anyio.create_memory_object_stream[_Pending](math.inf)
-        self._packed: MemoryObjectSendStream[_Pending]
-        self._to_decompress: MemoryObjectReceiveStream[_Pending]
-        self._packed, self._to_decompress = anyio.create_memory_object_stream[_Pending](math.inf)
+        self._to_load: deque[_Pending] = deque()
+        """What the loader has not loaded; the first is what it loads."""
+        self._news = anyio.Event()
+        """Set when there may be something to do for the loader."""
 
     async def run(self) -> Summary:
         """Load the devices and let them run; returns when they do. Raises what went wrong, with the devices stopped;
@@ -142,9 +182,6 @@ class Target:
             if cause is error:
                 raise
             raise cause from cause.__cause__
-        finally:
-            for stream in (self._checked, self._to_load, self._packed, self._to_decompress):
-                stream.close()
         await to_the_end(self._start)
         self._mark_end()
         self._progress.phase = "done"
@@ -164,7 +201,7 @@ class Target:
         frame = await self._frames.read()
         if frame is None:
             raise self._frames.ended()
-        frame.lease.release()
+        frame.release()
         match frame.record:
             case Hello() as hello:
                 pass
@@ -210,80 +247,129 @@ class Target:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._read_all)
             if "zstd" in self._session.features:
-                for _ in range(DECOMPRESSORS):
-                    tasks.start_soon(self._decompress_all)
+                tasks.start_soon(self._decompressors.run)
+            if self._ranges:
+                tasks.start_soon(self._present.run)
             await self._load_all()
             tasks.cancel_scope.cancel()
 
     async def _read_all(self) -> None:
         while True:
-            frame = await self._frames.read()
-            if frame is None:
+            await anyio.lowlevel.checkpoint()  # what has come is read without waiting: let the loader work
+            head = await self._frames.head()
+            if head is None:
                 raise self._frames.ended()
+            prefix, header = head
+            place = await self._place(prefix)
+            if place is None:
+                frame = await self._frames.leased_body(prefix, header)
+                pending = _Pending(frame)
+                if prefix.flags == framing.FLAG_ZSTD and frame.content is None:
+                    pending.packed = True
+                    self._decompressors.submit(partial(_decompress, frame), partial(self._unpacked, pending))
+            else:
+                with place:
+                    pending = _Pending(await self._frames.body(prefix, header, [place]))
+                self._take_in_place(pending)
             self._progress.transferred = self._frames.transferred
-            pending = _Pending(frame)
-            if frame.prefix.flags == framing.FLAG_ZSTD and frame.content is None:
-                pending.ready = anyio.Event()
-                self._packed.send_nowait(pending)
-            match frame.record:
+            match pending.frame.record:
                 case Abort() as abort:
                     raise PeerAborted(abort.code, abort.reason)
-                case End():
-                    self._checked.send_nowait(pending)
-                    return
-                case _:
-                    self._checked.send_nowait(pending)
+                case Memory() | Config() | Pages() if place is not None and not pending.delivers:
+                    await self._let_go(pending.frame)
+                case record:
+                    self._to_load.append(pending)
+                    self._news.set()
+                    if isinstance(record, End):
+                        return
 
-    async def _decompress_all(self) -> None:
-        decompressor = Decompressor()
-        async for pending in self._to_decompress:
-            frame = pending.frame
-            assert pending.ready is not None
-            frame.content = await anyio.to_thread.run_sync(
-                decompressor.content, frame.lease.view, frame.prefix.flags, frame.prefix.content_size, frame.name
-            )
-            pending.ready.set()
+    async def _place(self, prefix: Prefix) -> memoryview | None:
+        """Where the payload of a frame goes if it is what is due next: with nothing before it that is not loaded, and
+        in one piece.
+        """
+        if self._to_load or prefix.flags:
+            return None
+        size = prefix.content_size
+        if prefix.type in (RecordType.MEMORY, RecordType.CONFIG) and prefix.stream in self._devices:
+            room = self._devices[prefix.stream].room(size)
+            if len(room) == size:
+                return room
+            room.release()
+        elif prefix.type == RecordType.PAGES and prefix.stream in self._windows:
+            window = self._windows[prefix.stream]
+            if size <= window.run_left:
+                pos = window.pos
+                if self._session.rounds == 1:
+                    await self._present.wait(window.area, window.start + pos, size)
+                return window.memory[pos : pos + size]
+        return None
+
+    def _take_in_place(self, pending: _Pending) -> None:
+        """Believe what was received in its place, now that it is checked."""
+        record, size = pending.frame.record, pending.frame.prefix.content_size
+        if isinstance(record, Pages):
+            self._advance(record.stream, size)
+        elif isinstance(record, Memory | Config):
+            pending.delivers = self._devices[record.stream].fill(size)
+        self._count(size)
+
+    def _advance(self, stream: int, size: int) -> None:
+        window = self._windows[stream]
+        window.advance(size)
+        self._close_if_done(stream, window)
+
+    def _close_if_done(self, stream: int, window: _Window) -> None:
+        if window.is_done:
+            del self._windows[stream]
+
+    def _unpacked(self, pending: _Pending, content: Buffer) -> None:
+        pending.frame.content = content
+        pending.packed = False
+        self._news.set()
 
     async def _load_all(self) -> None:
-        async for pending in self._to_load:
-            if pending.ready is not None:
-                await pending.ready.wait()
+        while True:
+            while not self._to_load or self._to_load[0].packed:
+                self._news = anyio.Event()
+                await self._news.wait()
+            pending = self._to_load[0]
             frame = pending.frame
-            await self._load(frame.record, self._content(frame))
-            frame.content = None
-            frame.lease.release()
-            self._spent += frame.prefix.frame_size
+            if pending.delivers:
+                assert isinstance(frame.record, Memory | Config)
+                await self._devices[frame.record.stream].deliver()
+            else:
+                await self._load(frame)
+            self._to_load.popleft()
             if isinstance(frame.record, End):
+                frame.release()
                 return
-            await self._grant()
+            await self._let_go(frame)
 
     def _content(self, frame: Incoming) -> Buffer:
         if frame.prefix.flags == framing.FLAG_ZERO:
             return self._zeros[: frame.prefix.content_size]
         if frame.content is not None:
             return frame.content
-        return frame.lease.view
+        return b"" if frame.lease is None else frame.lease.view
 
-    async def _load(self, record: Record, content: Buffer) -> None:
-        match record:
-            case Memory():
+    async def _load(self, frame: Incoming) -> None:
+        content = self._content(frame)
+        match frame.record:
+            case Memory() as record:
                 await self._devices[record.stream].write(content)
-                self._count(content)
-            case Pages():
-                window = self._windows[record.stream]
-                window.index, window.skip = _accel.scatter(
-                    window.memory, window.runs, window.index, window.skip, content, limits.PAGE_SIZE
-                )
-                if window.index == len(window.runs) // 2:
-                    del self._windows[record.stream]
-                self._count(content)
-            case Bitmap():
+                self._count(len(content))
+            case Pages() as record:
+                await self._load_pages(record, frame.prefix, content)
+                self._count(len(content))
+            case Bitmap() as record:
+                area = self._ranges[record.stream]
                 start = record.page * limits.PAGE_SIZE
-                memory = self._ranges[record.stream].view[start : start + record.pages * limits.PAGE_SIZE]
-                self._windows[record.stream] = _Window(memory, _accel.bitmap_runs(content, record.pages))
-            case Capture():
+                memory = area.view[start : start + record.pages * limits.PAGE_SIZE]
+                runs = _accel.bitmap_runs(content, record.pages)
+                self._windows[record.stream] = _Window(area, start, memory, runs)
+            case Capture() as record:
                 await self._devices[record.stream].begin_capture(record.size)
-            case Round():
+            case Round() as record:
                 self._progress.round = record.number
                 self._progress.round_content = 0
             case RoundEnd():
@@ -293,15 +379,15 @@ class Target:
             case State():
                 self._times.append(monotonic())
                 self._progress.phase = "stop-and-copy"
-            case Pci():
+            case Pci() as record:
                 await self._devices[record.stream].load_pci_config(content)
-                self._count(content)
-            case Config():
+                self._count(len(content))
+            case Config() as record:
                 device = self._devices[record.stream]
                 if record.pos == 0:
                     await device.begin_config(record.size)
                 await device.write(content)
-                self._count(content)
+                self._count(len(content))
             case End():
                 self._mark_end()
                 for device in self._devices.values():
@@ -313,25 +399,47 @@ class Target:
             case _:
                 pass
 
+    async def _load_pages(self, record: Pages, prefix: Prefix, content: Buffer) -> None:
+        window = self._windows[record.stream]
+        if prefix.flags == framing.FLAG_ZERO:
+            left = prefix.content_size
+            while left:
+                size = min(left, window.run_left)
+                window.area.zero(window.start + window.pos, size)
+                window.advance(size)
+                left -= size
+        else:
+            if self._session.rounds == 1:
+                await self._present.wait(window.area, window.start + window.pos, len(content))
+            window.index, window.skip = _accel.scatter(
+                window.memory, window.runs, window.index, window.skip, content, limits.PAGE_SIZE
+            )
+        self._close_if_done(record.stream, window)
+
     def _mark_end(self) -> None:
         """A phase of the downtime ends, if the source is stopped."""
         if self._times:
             self._times.append(monotonic())
 
-    def _count(self, content: Buffer) -> None:
-        self._progress.content += len(content)
-        self._progress.round_content += len(content)
+    def _count(self, size: int) -> None:
+        self._progress.content += size
+        self._progress.round_content += size
 
-    async def _grant(self) -> None:
-        """Give new credit once a quarter of the budget was let go of: seldom, and always with a frame's worth left."""
-        limit = self._spent + self._settings.budget
-        if self._transport.answers and limit - self._granted >= self._settings.budget // 4:
-            self._granted = limit
-            await self._say(Credit(limit))
+    async def _let_go(self, frame: Incoming) -> None:
+        """Let go of a frame that is loaded, and give new credit once a quarter of the budget was let go of: seldom, and
+        always with a frame's worth left.
+        """
+        frame.release()
+        self._spent += frame.prefix.frame_size
+        if self._transport.answers and self._spent + self._settings.budget - self._granted >= self._settings.budget // 4:
+            async with self._saying:
+                self._granted = self._spent + self._settings.budget
+                await self._say(Credit(self._granted))
 
     async def _acknowledge(self, of: str) -> None:
-        self._granted = self._spent + self._settings.budget
-        await self._say(Ack(of, self._session.rounds, self._granted))
+        async with self._saying:
+            self._granted = self._spent + self._settings.budget
+            await self._say(Ack(of, self._session.rounds, self._granted))
 
     async def _say(self, record: Record) -> None:
         """Send a record to the source. It is small and the source always reads, so it is never cut in half."""
@@ -352,7 +460,7 @@ class Target:
             frame = await self._frames.read()
             if frame is None:
                 raise self._frames.ended()
-            frame.lease.release()
+            frame.release()
             match frame.record:
                 case Commit():
                     if not self._transport.answers:
@@ -438,6 +546,12 @@ class Target:
     def _abort(self, code: str, problem: str, *, stopped: bool) -> Buffer:
         head, _ = self._session.send(Abort(code, failure.reason(problem), stopped))
         return head
+
+
+def _decompress(frame: Incoming, decompressor: Decompressor) -> Buffer:
+    assert frame.lease is not None
+    prefix = frame.prefix
+    return decompressor.content(frame.lease.view, prefix.flags, prefix.content_size, frame.name)
 
 
 def _areas(areas: Sequence[tuple[int, int]]) -> str:

@@ -48,16 +48,33 @@ class Prefix:
 
 
 def pack_frame(
-    type_: int, stream: int, sequence: int, header: bytes, payload: Buffer, flags: int, content_size: int, seed: int
+    type_: int,
+    stream: int,
+    sequence: int,
+    header: bytes,
+    payload: Buffer,
+    flags: int,
+    content_size: int,
+    seed: int,
+    check: int | None = None,
 ) -> tuple[bytes, Buffer]:
     """Return (prefix and header, payload), ready to be sent one after the other. ``payload`` is not copied: it must not
-    change until it is sent. ``seed`` is the session's (:func:`session_seed`), 0 for a HELLO.
+    change until it is sent. ``seed`` is the session's (:func:`session_seed`), 0 for a HELLO. ``check`` is the xxh3 of
+    header and payload where the caller has it already.
     """
-    digest = xxhash.xxh3_64(header, seed)
-    digest.update(payload)
+    if check is None:
+        check = body_check(header, (payload,), seed)
     fields = (MAGIC, VERSION, type_, flags, stream, len(header), sequence, len(payload), content_size)
-    unchecked = _PREFIX.pack(*fields, digest.intdigest(), 0)[:_CHECKED]
+    unchecked = _PREFIX.pack(*fields, check, 0)[:_CHECKED]
     return unchecked + _CHECK.pack(xxhash.xxh3_64_intdigest(unchecked, seed)) + header, payload
+
+
+def body_check(header: Buffer, payload: Sequence[Buffer], seed: int) -> int:
+    """The check value of a header and a payload that lies in pieces."""
+    digest = xxhash.xxh3_64(header, seed)
+    for piece in payload:
+        digest.update(piece)
+    return digest.intdigest()
 
 
 def session_seed(session: bytes) -> int:
@@ -104,8 +121,5 @@ def check_body(prefix: Prefix, header: Buffer, payload: Sequence[Buffer], seed: 
     """Check header and payload (in pieces, as they were received) against the prefix; raises
     :class:`~vfiostream.errors.StreamError`.
     """
-    digest = xxhash.xxh3_64(header, seed)
-    for piece in payload:
-        digest.update(piece)
-    if digest.intdigest() != prefix.body_check:
+    if body_check(header, payload, seed) != prefix.body_check:
         raise StreamError(where, "has content that does not match its check value")

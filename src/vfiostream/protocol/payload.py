@@ -23,11 +23,11 @@ def bound(size: int) -> int:
 class Compressor:
     """Turns content into payload. One for each thread: the zstd context is not shared."""
 
-    def __init__(self, level: int) -> None:
+    def __init__(self, level: int = 1) -> None:
         """``level`` is zstd's, 1 to 19."""
         self._context = zstandard.ZstdCompressor(level=level, write_content_size=True, write_checksum=False)
 
-    def compress(self, content: Buffer) -> bytes | None:
+    def compress(self, content: Buffer, level: int = 1) -> bytes | None:
         """Return a zstd frame that is smaller than ``content``, or None where there is none."""
         packed = self._context.compress(content)
         return packed if len(packed) < len(content) else None

@@ -447,7 +447,14 @@ class _Session:
             raise LocalProtocolError(f"{record.type.name} must not be sent in phase {self.phase.name}")
 
     def _emit(
-        self, record: Record, header: bytes, payload: Buffer, flags: int, content_size: int, bitmap: Buffer | None
+        self,
+        record: Record,
+        header: bytes,
+        payload: Buffer,
+        flags: int,
+        content_size: int,
+        bitmap: Buffer | None,
+        check: int | None = None,
     ) -> tuple[bytes, Buffer]:
         """Make the next frame, of a record that may be sent now."""
         try:
@@ -469,6 +476,7 @@ class _Session:
             flags,
             content_size,
             self._seed if self._sent > 1 else 0,
+            check,
         )
         log.debug("out %s record %d %s, %d bytes", record.type.name, self._sent, record, len(head) + len(payload))
         return head, payload
@@ -500,9 +508,11 @@ class SourceSession(_Session):
         flags: int = 0,
         content_size: int | None = None,
         bitmap: Buffer | None = None,
+        check: int | None = None,
     ) -> tuple[bytes, Buffer]:
         """Return the buffers of the next frame, to be sent in this order. ``payload`` is as the flags say, of
-        ``content_size`` bytes of content (default: the payload is the content); ``bitmap`` is the content of a BITMAP.
+        ``content_size`` bytes of content (default: the payload is the content); ``bitmap`` is the content of a BITMAP;
+        ``check`` is the XXH3-64 of :meth:`head` and payload where somebody has it who copied the payload.
         The payload stays the caller's and must not change until it is sent. Raises
         :class:`~vfiostream.errors.LocalProtocolError` where the record must not be sent now, or exceeds the credit; the
         session is then as it was.
@@ -516,9 +526,15 @@ class SourceSession(_Session):
             excess = self._spent + cost - self._limit
             raise LocalProtocolError(f"{record.type.name} exceeds the credit that was given by {excess} bytes")
         size = len(payload) if content_size is None else content_size
-        frame = self._emit(record, header, payload, flags, size, bitmap)
+        frame = self._emit(record, header, payload, flags, size, bitmap, check)
         self._spent += cost
         return frame
+
+    def head(self, record: Record) -> tuple[bytes, int]:
+        """The header that ``record`` will have, and the seed of its check value: for whoever copies the payload and
+        hashes it with that. Not for a HELLO.
+        """
+        return records.encode(record), self._seed
 
     def affords(self, frame_size: int) -> bool:
         """Whether the target's credit covers a frame of ``frame_size`` bytes now."""

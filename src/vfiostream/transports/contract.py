@@ -39,9 +39,9 @@ class Transport(Closing):
         """
 
     @abstractmethod
-    async def receive(self, into: memoryview) -> int:
-        """Fill ``into`` (not empty) from its start with at least one byte and return how many; 0 means the sender
-        has finished and everything was read. The buffer belongs to the transport only while the call runs. A cancelled
+    async def receive(self, into: Sequence[memoryview]) -> int:
+        """Fill the buffers ``into`` (none of them empty), in order, with at least one byte and return how many; 0 means
+        the sender has finished and everything was read. The buffer belongs to the transport only while the call runs. A cancelled
         call loses no bytes: either they are still to be read, or the call returned them.
         """
 

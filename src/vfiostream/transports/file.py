@@ -108,7 +108,7 @@ class FileWriter(_OpenFile):
         self._check_can_write()
         await anyio.to_thread.run_sync(self._publish)
 
-    async def receive(self, into: memoryview) -> int:
+    async def receive(self, into: Sequence[memoryview]) -> int:
         raise LocalProtocolError(f"{self.address}: a file opened for writing can't be read")
 
     def _write(self, buffers: Sequence[Buffer]) -> None:
@@ -203,17 +203,17 @@ class FileReader(_OpenFile):
     async def finish(self) -> None:
         raise LocalProtocolError(f"{self.address}: a file opened for reading can't be finished")
 
-    async def receive(self, into: memoryview) -> int:
+    async def receive(self, into: Sequence[memoryview]) -> int:
         self._check_open()
         count = await anyio.to_thread.run_sync(self._read, into)
         self._offset += count
         return count
 
-    def _read(self, into: memoryview) -> int:
+    def _read(self, into: Sequence[memoryview]) -> int:
         with self._lock:
             self._check_open()
             try:
-                count = os.preadv(self._fd, [into], self._offset)
+                count = os.preadv(self._fd, into, self._offset)
             except OSError as error:
                 raise _failure(self.address, "reading", error) from error
         if logger.isEnabledFor(logging.DEBUG):

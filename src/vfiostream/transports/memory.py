@@ -79,13 +79,13 @@ class MemoryTransport(Transport):
                 else:
                     await self._outgoing.change()
 
-    async def receive(self, into: memoryview) -> int:
+    async def receive(self, into: Sequence[memoryview]) -> int:
         self._check_open()
         await anyio.lowlevel.checkpoint()
         while True:
             self._check_open()
             if self._incoming.held:
-                return self._incoming.take(into)
+                return sum(self._incoming.take(view) for view in into)
             if self._incoming.finished:
                 return 0
             if self._incoming.writer_gone:

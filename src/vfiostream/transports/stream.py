@@ -98,14 +98,14 @@ class SocketTransport(Transport):
                     if logger.isEnabledFor(logging.DEBUG):
                         logger.debug("%s: sent %d bytes", self.address, count)
 
-    async def receive(self, into: memoryview) -> int:
+    async def receive(self, into: Sequence[memoryview]) -> int:
         self._check_open()
         # Before the bytes are taken: nothing may be awaited between taking and returning them.
-        await anyio.lowlevel.checkpoint()
+        await anyio.lowlevel.checkpoint_if_cancelled()
         while True:
             self._check_open()
             try:
-                count = self._sock.recv_into(into)
+                count = self._sock.recvmsg_into(into)[0]
             except BlockingIOError:
                 await self._wait(anyio.wait_readable)
             except OSError as error:

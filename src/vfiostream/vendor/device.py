@@ -4,7 +4,7 @@ A stand-in for a vendor's driver and hardware, whoever asks it (``server`` over 
 refuses with OSError; the errno is what a client gets, the text is for the log of the driver.
 
 One thread calls the methods (but :meth:`ReferenceDevice.close`), the workload's thread writes memory in between. What
-both touch is under one lock, which is never held while the device takes its time (``capture_time``, ``state_time``).
+both touch is under one lock, which is never held while the device takes its time (``capture_time``, ``chunk_time``, ``state_time``).
 
 Decisions where the interface leaves a choice:
 
@@ -405,6 +405,7 @@ class ReferenceDevice:
         assert region.view is not None
         if action == Action.GET_BUFFER:
             self._faults.strike(Operation.GET_MEMORY)
+            self._take_time(self.settings.chunk_time)
             with self._lock:
                 self._saving.fetch(self._memory_pos, region.view)
         elif action == Action.SET_BUFFER:
@@ -413,6 +414,7 @@ class ReferenceDevice:
             if self._load is None:
                 raise OSError(errno.EINVAL, "the size of the memory was not set")
             self._epoch += 1
+            self._take_time(self.settings.chunk_time)
             self._load.take(self._memory_pos, region.view)
         else:
             raise OSError(errno.EINVAL, f"{action} is not an action on the memory")

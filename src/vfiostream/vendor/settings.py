@@ -103,6 +103,8 @@ class Settings:
     layout: LayoutName = "natural"
     capture_time: float = 0.0
     """Seconds that each read of the memory size takes."""
+    chunk_time: float = 0.0
+    """Seconds that each chunk of memory takes, out of the device or into it, as a device's DMA would."""
     state_time: float = 0.0
     """Seconds that each change of the device state takes."""
     version_string: str = ""
@@ -130,7 +132,7 @@ class Settings:
             )
         if self.dirty_rate < 0:
             raise UsageError(f"a dirty rate of {self.dirty_rate} bytes a second makes no sense: use 0 or more")
-        for name, seconds in (("capture", self.capture_time), ("state", self.state_time)):
+        for name, seconds in (("capture", self.capture_time), ("chunk", self.chunk_time), ("state", self.state_time)):
             if not (math.isfinite(seconds) and seconds >= 0):
                 raise UsageError(f"a {name} time of {seconds} seconds makes no sense: use 0 or more")
         for name, value, choices in (

@@ -1,0 +1,89 @@
+"""Threads that do work for the event loop: long-lived, each with a context of its own (a zstd compressor, say).
+
+Invariants:
+
+- The loop and the threads share two queues and nothing else. A job goes into one, its result into the other, and an
+  eventfd tells the loop, under any of its backends, that results are there: one wake-up may bring many.
+- Jobs start in the order of their submission; the results come in the order in which the jobs end.
+- When :meth:`Workers.run` ends, for whatever reason, no job starts any more, and it returns when every thread has
+  ended: a thread that touches mapped memory is never left alone with it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from queue import SimpleQueue
+from typing import Generic, NamedTuple, TypeVar, cast
+
+import anyio
+import anyio.to_thread
+
+from vfiostream.pipeline.ending import to_the_end
+
+Context = TypeVar("Context")
+Result = TypeVar("Result")
+
+
+class _Job(NamedTuple):
+    work: Callable[[object], object]
+    done: Callable[[object], None]
+
+
+class Workers(Generic[Context]):
+    """``count`` threads, each with its own context, which ``make`` makes in it. Used once: :meth:`run`."""
+
+    def __init__(self, make: Callable[[], Context], count: int) -> None:
+        self._make = make
+        self._count = count
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._results: deque[tuple[_Job, object, BaseException | None]] = deque()
+        self._off = False
+
+    def submit(self, job: Callable[[Context], Result], done: Callable[[Result], None]) -> None:
+        """Have ``job`` done in a thread, with its context, and then ``done`` called with the result in the event loop.
+        May be called before :meth:`run`; what is left when that ends is forgotten.
+        """
+        self._jobs.put(_Job(cast("Callable[[object], object]", job), cast("Callable[[object], None]", done)))
+
+    async def run(self) -> None:
+        """A task: has the jobs done until it is cancelled. Raises what a job raises, or its ``done``."""
+        bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        threads = [threading.Thread(target=self._work, args=(bell,), name="vfiostream-worker") for _ in range(self._count)]
+        try:
+            for thread in threads:
+                thread.start()
+            while True:
+                await anyio.wait_readable(bell)
+                os.eventfd_read(bell)
+                while self._results:
+                    job, result, error = self._results.popleft()
+                    if error is not None:
+                        raise error
+                    job.done(result)
+        finally:
+            self._off = True
+            for _ in threads:
+                self._jobs.put(None)
+            await to_the_end(partial(anyio.to_thread.run_sync, _join, threads))
+            os.close(bell)
+
+    def _work(self, bell: int) -> None:
+        context: Context | None = None
+        while (job := self._jobs.get()) is not None and not self._off:
+            try:
+                if context is None:
+                    context = self._make()
+                self._results.append((job, job.work(context), None))
+            except BaseException as error:  # It is raised from run.
+                self._results.append((job, None, error))
+            os.eventfd_write(bell, 1)
+
+
+def _join(threads: list[threading.Thread]) -> None:
+    for thread in threads:
+        if thread.ident is not None:
+            thread.join()
