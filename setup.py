@@ -22,8 +22,8 @@ class BuildAccelerator(build_ext):
             super().build_extension(ext)
         except (CCompilerError, PlatformError):
             print(
-                "vfiostream is installed without its native accelerator: install a C compiler and the headers of Python "
-                "and xxHash (on Debian: gcc, python3-dev, libxxhash-dev), and then vfiostream again.",
+                "vfiostream is installed without its native accelerator: install a C compiler and the headers of "
+                "Python and xxHash (on Debian: gcc, python3-dev, libxxhash-dev), and then vfiostream again.",
                 file=sys.stderr,
             )
             raise  # Not the end: the extension is optional.
