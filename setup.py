@@ -1,4 +1,6 @@
-"""The native accelerator is optional: without a compiler, or with VFIOSTREAM_NO_EXTENSION=1, its pure twin works."""
+"""The native accelerator is optional: without a C compiler or xxHash's header, or with VFIOSTREAM_NO_EXTENSION=1, its
+pure twin works.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,25 @@ import os
 import sys
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CCompilerError, PlatformError
+
+ACCEL = "src/vfiostream/_accel"
+
+
+class BuildAccelerator(build_ext):
+    """Says what to install where the accelerator can't be built."""
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            super().build_extension(ext)
+        except (CCompilerError, PlatformError):
+            print(
+                "vfiostream is installed without its native accelerator: install a C compiler and the headers of "
+                "Python and xxHash (on Debian: gcc, python3-dev, libxxhash-dev), and then vfiostream again.",
+                file=sys.stderr,
+            )
+            raise  # Not the end: the extension is optional.
 
 
 def extensions() -> list[Extension]:
@@ -16,9 +37,15 @@ def extensions() -> list[Extension]:
         from Cython.Compiler.Errors import CompileError
     except ImportError:
         return []
-    sources = Extension("vfiostream._accel._native", ["src/vfiostream/_accel/_native.pyx"], extra_compile_args=["-O3"])
+    extension = Extension(
+        "vfiostream._accel._native",
+        [f"{ACCEL}/{name}" for name in ("_native.pyx", "kernels.c", "kernels_avx2.c", "kernels_avx512.c")],
+        depends=[f"{ACCEL}/kernels.h", f"{ACCEL}/kernels_body.h"],
+        include_dirs=[ACCEL],
+        extra_compile_args=["-O3"],
+    )
     try:
-        built = cythonize([sources], build_dir="build")
+        built = cythonize([extension], build_dir="build")
     except CompileError as error:
         print(f"vfiostream is installed without its native accelerator: {error}", file=sys.stderr)
         return []
@@ -27,4 +54,4 @@ def extensions() -> list[Extension]:
     return built
 
 
-setup(ext_modules=extensions())
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildAccelerator})

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import mmap
 import os
+import random
 import subprocess
 import sys
+import threading
 from array import array
 from collections.abc import Iterable
+from functools import partial
 from inspect import signature
 from types import ModuleType
 from typing import Any
 
 import pytest
+import xxhash
 from hypothesis import given, strategies as st
 
 from vfiostream import _accel
@@ -34,15 +39,32 @@ def load_native() -> ModuleType:
         pytest.skip("the native accelerator is not built")
 
 
-@pytest.fixture(params=["native", "pure"])
+class Level:
+    """The native twin as it is on another processor: each function that is asked for runs on that level when called."""
+
+    def __init__(self, name: str) -> None:
+        self._native = load_native()
+        self._name = name
+        if name not in self._native.levels():
+            pytest.skip(f"this processor has no {name}")
+
+    def __getattr__(self, function: str) -> Any:
+        self._native.use_level(self._name)
+        return getattr(self._native, function)
+
+
+LEVELS = ["plain", "avx2", "avx512"]
+
+
+@pytest.fixture(params=[*LEVELS, "pure"])
 def accel(request: pytest.FixtureRequest) -> Any:
-    """Either twin."""
-    return load_native() if request.param == "native" else _pure
+    """Either twin, the native one on every level."""
+    return _pure if request.param == "pure" else Level(request.param)
 
 
-@pytest.fixture(scope="module")
-def native() -> Any:
-    return load_native()
+@pytest.fixture(scope="module", params=LEVELS)
+def native(request: pytest.FixtureRequest) -> Any:
+    return Level(request.param)
 
 
 def unaligned(data: bytes, shift: int = 1) -> memoryview:
@@ -64,6 +86,10 @@ def slow_runs(bitmap: bytes, bits: int) -> list[int]:
 
 def u64(numbers: Iterable[int]) -> array[int]:
     return array("Q", numbers)
+
+
+def xxh3(data: bytes, seed: int) -> int:
+    return xxhash.xxh3_64_intdigest(data, seed)
 
 
 # ---- which twin
@@ -108,10 +134,17 @@ def test_unknown_choice_is_an_import_error(choice: str) -> None:
     assert f"ImportError: VFIOSTREAM_ACCEL is {choice!r}" in ran.stderr
 
 
+def test_a_level_the_processor_does_not_have_is_refused(native: Any) -> None:
+    levels = native.levels()
+    assert levels[0] == "plain"
+    with pytest.raises(ValueError, match=f"this processor has no level 'abacus': it has {', '.join(levels)}"):
+        native.use_level("abacus")
+
+
 def test_implementation_names_what_is_exported() -> None:
     module = {"native": "vfiostream._accel._native", "pure": "vfiostream._accel._pure"}[_accel.IMPLEMENTATION]
     functions = [getattr(_accel, name) for name in _accel.__all__ if name != "IMPLEMENTATION"]
-    assert len(functions) == 7
+    assert len(functions) == 11
     assert {function.__module__ for function in functions} == {module}
 
 
@@ -171,13 +204,112 @@ def test_copy_may_overlap(accel: Any) -> None:
     assert data == bytes(range(90)) + bytes(range(80, 90))
 
 
-@pytest.mark.parametrize("name", ["copy", "bitmap_merge"])
+@pytest.mark.parametrize("name", ["copy", "bitmap_merge", "bitmap_and_not"])
 @pytest.mark.parametrize(("into", "source"), [(4, 5), (5, 4), (0, 1), (1, 0)])
 def test_lengths_must_agree(accel: Any, name: str, into: int, source: int) -> None:
     target = bytearray(into)
     with pytest.raises(ValueError, match=f"the destination has {into} bytes and the source {source}"):
         getattr(accel, name)(target, b"\xff" * source)
     assert target == bytes(into)
+
+
+# ---- copies that are checked
+
+BLOCK = 16 << 10
+"""What the native twin copies before it looks at it."""
+
+CHECKED_SIZES = [0, 1, 63, 64, 200, 240, 241, 255, 256, 257, 1024, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 77, 1 << 20]
+
+
+@pytest.mark.parametrize("size", CHECKED_SIZES)
+@pytest.mark.parametrize("head", [b"", b"h", b"head" * 5, bytes(300), os.urandom(5000)], ids=len)
+def test_copy_check(accel: Any, size: int, head: bytes) -> None:
+    data = os.urandom(size)
+    for seed in (0, 1, U64_MAX):
+        target = unaligned(bytes(size), 3)
+        assert accel.copy_check(target, unaligned(data), head, seed) == (
+            xxh3(head + data, seed) if any(data) or not size else None
+        )
+        assert target == data
+
+
+@pytest.mark.parametrize("size", CHECKED_SIZES[1:])
+def test_a_copy_of_zeros_has_no_check(accel: Any, size: int) -> None:
+    target = bytearray(b"\xff" * size)
+    assert accel.copy_check(target, bytes(size), b"head", 5) is None
+    assert target == bytes(size)
+
+
+def test_a_copy_of_nothing_has_the_check_of_its_head(accel: Any) -> None:
+    assert accel.copy_check(bytearray(), b"", b"head", 5) == xxh3(b"head", 5)
+    assert accel.copy_check(bytearray(), b"", b"", 0) == xxh3(b"", 0)
+
+
+@pytest.mark.parametrize("size", [1, 64, BLOCK, BLOCK + 1, 3 * BLOCK, 5 * BLOCK + 9])
+def test_zeros_before_and_after_other_bytes_count(accel: Any, size: int) -> None:
+    for at in {0, size // 2, size - 1, min(BLOCK - 1, size - 1), min(BLOCK, size - 1)}:
+        data = bytearray(size)
+        data[at] = 1
+        target = bytearray(b"\xff" * size)
+        assert accel.copy_check(target, data, b"head", 5) == xxh3(b"head" + data, 5)
+        assert target == data
+
+
+def test_the_check_is_of_the_copy(accel: Any) -> None:
+    """Memory that changes while it is read may be copied torn, but what is said of the copy is right."""
+    size = 1 << 16
+    with mmap.mmap(-1, size) as live:
+        source = memoryview(live)
+        done = threading.Event()
+
+        def change() -> None:
+            for n in itertools.count():
+                live[:] = bytes([n % 3]) * size
+                if done.is_set():
+                    break
+
+        changer = threading.Thread(target=change)
+        changer.start()
+        try:
+            target = bytearray(size)
+            for _ in range(200):
+                check = accel.copy_check(target, source, b"head", 5)
+                assert check == (xxh3(b"head" + target, 5) if any(target) else None)
+        finally:
+            done.set()
+            changer.join()
+            source.release()
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 2**70])
+def test_a_seed_is_64_bits(accel: Any, seed: int) -> None:
+    target = bytearray(2 * PAGE)
+    with pytest.raises(ValueError, match=f"a seed of {seed} is not an unsigned number of 64 bits"):
+        accel.copy_check(target, b"\xff" * (2 * PAGE), b"", seed)
+    with pytest.raises(ValueError, match=f"a seed of {seed} is not an unsigned number of 64 bits"):
+        accel.gather_check(MEMORY, u64([1, 2]), 0, 0, target, PAGE, b"", seed)
+    assert target == bytes(2 * PAGE)
+
+
+# Blocks of zeros, of noise, and pieces of them: what is hashed at once and what is put off.
+contents = st.lists(
+    st.one_of(
+        st.binary(max_size=400),
+        st.tuples(
+            st.sampled_from([b"\0", b"\0", b"\x01"]), st.sampled_from([1, 255, 4096, BLOCK - 1, BLOCK, 40000])
+        ).map(lambda p: p[0] * p[1]),
+    ),
+    max_size=5,
+).map(b"".join)
+
+
+@given(data=contents, head=st.binary(max_size=300), seed=st.integers(0, U64_MAX), shift=st.integers(0, 7))
+def test_native_copy_check_is_as_pure(native: Any, data: bytes, head: bytes, seed: int, shift: int) -> None:
+    results = []
+    for twin in (native, _pure):
+        target = unaligned(b"\x55" * len(data), 7 - shift)
+        results.append((twin.copy_check(target, unaligned(data, shift), unaligned(head, 3), seed), bytes(target)))
+    assert results[0] == results[1]
 
 
 # ---- bitmaps
@@ -235,6 +367,81 @@ def test_merge(accel: Any, size: int) -> None:
     assert target == bytes(a | b for a, b in zip(old, new, strict=True))
 
 
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 64, 1001])
+def test_and_not(accel: Any, size: int) -> None:
+    old, new = os.urandom(size), os.urandom(size)
+    target = unaligned(old, 3)
+    accel.bitmap_and_not(target, unaligned(new))
+    assert target == bytes(a & ~b & 0xFF for a, b in zip(old, new, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("gap", "runs"),
+    [
+        (0, [2, 2, 5, 1, 8, 2, 90, 10]),
+        (1, [2, 4, 8, 2, 90, 10]),
+        (2, [2, 8, 90, 10]),
+        (79, [2, 8, 90, 10]),
+        (80, [2, 98]),
+        (2**64, [2, 98]),
+    ],
+)
+def test_runs_with_a_small_gap_become_one(accel: Any, gap: int, runs: list[int]) -> None:
+    bitmap = sum(1 << n for n in (2, 3, 5, 8, 9, *range(90, 100))).to_bytes(20, "little")
+    assert accel.bitmap_runs(bitmap, 160, gap).tolist() == runs
+
+
+def test_a_gap_is_not_negative(accel: Any) -> None:
+    with pytest.raises(ValueError, match="a gap of -1 bits is less than none"):
+        accel.bitmap_runs(b"\x05", 8, -1)
+
+
+@pytest.mark.parametrize("gap", [0, 1, 2, 100])
+def test_more_runs_than_are_expected(accel: Any, gap: int) -> None:
+    """Enough of them that the array they are put in has to grow, several times."""
+    bitmap = b"\x55" * 20_000
+    runs = accel.bitmap_runs(bitmap, 160_000, gap)
+    assert runs == (u64([0, 159_999]) if gap else u64(n for k in range(80_000) for n in (2 * k, 1)))
+
+
+@pytest.mark.parametrize(
+    ("first", "bits", "out"),
+    [
+        (0, 32, b"\x01\x80\xff\x0f"),
+        (0, 20, b"\x01\x80\x0f"),
+        (8, 16, b"\x80\xff"),
+        (15, 9, b"\xff\x01"),
+        (15, 17, b"\xff\x1f\x00"),
+        (31, 1, b"\x00"),
+        (27, 1, b"\x01"),
+        (32, 0, b""),
+        (3, 0, b""),
+    ],
+)
+def test_extract(accel: Any, first: int, bits: int, out: bytes) -> None:
+    target = unaligned(b"\xaa" * len(out))
+    accel.bitmap_extract(unaligned(b"\x01\x80\xff\x0f"), first, bits, target)
+    assert target == out
+
+
+@pytest.mark.parametrize(
+    ("first", "bits"), [(0, 33), (32, 1), (33, 0), (1, 32), (-1, 4), (4, -1), (2**64, 1), (1, 2**64), (2**63, 2**63)]
+)
+def test_what_is_extracted_must_be_in_the_bitmap(accel: Any, first: int, bits: int) -> None:
+    target = bytearray(b"\xaa" * 5)
+    with pytest.raises(ValueError, match=f"{bits} bits from bit {first} on are not in a bitmap of 4 bytes"):
+        accel.bitmap_extract(b"\xff" * 4, first, bits, target)
+    assert target == b"\xaa" * 5
+
+
+@pytest.mark.parametrize("size", [0, 1, 3])
+def test_what_is_extracted_must_fill_the_output(accel: Any, size: int) -> None:
+    target = bytearray(b"\xaa" * size)
+    with pytest.raises(ValueError, match=f"9 bits do not fill {size} bytes"):
+        accel.bitmap_extract(b"\xff" * 4, 1, 9, target)
+    assert target == b"\xaa" * size
+
+
 # Long stretches of one byte matter as much as noise: they are where the twins take short cuts.
 bitmaps = st.lists(
     st.one_of(
@@ -262,16 +469,61 @@ def test_native_bitmaps_are_as_pure(native: Any, bitmap: bytes, cut: int, shift:
     assert native.is_zero(view) == _pure.is_zero(view)
 
 
+@given(bitmap=bitmaps, gap=st.integers(0, 700))
+def test_runs_with_a_gap_are_those_without_joined(bitmap: bytes, gap: int) -> None:
+    joined: list[int] = []
+    alone = _pure.bitmap_runs(bitmap, 8 * len(bitmap)).tolist()
+    for first, count in zip(alone[::2], alone[1::2], strict=True):
+        if joined and first - sum(joined[-2:]) <= gap:
+            joined[-1] = first + count - joined[-2]
+        else:
+            joined += [first, count]
+    assert _pure.bitmap_runs(bitmap, 8 * len(bitmap), gap).tolist() == joined
+
+
+@given(bitmap=bitmaps, cut=st.integers(0, 70), gap=st.sampled_from([1, 2, 7, 63, 64, 65, 511, 512, 513, 5000]))
+def test_native_runs_with_a_gap_are_as_pure(native: Any, bitmap: bytes, cut: int, gap: int) -> None:
+    bits = max(0, 8 * len(bitmap) - cut)
+    assert native.bitmap_runs(bitmap, bits, gap) == _pure.bitmap_runs(bitmap, bits, gap)
+
+
+@given(seed=st.integers(0, 2**32), of_64=st.integers(1, 63), gap=st.integers(0, 70))
+def test_native_finds_long_noise_as_pure(native: Any, seed: int, of_64: int, gap: int) -> None:
+    """Bitmaps of many runs, where the search settles what it found and asks for room."""
+    noise = random.Random(seed)
+    bitmap = noise.randbytes(20_000)
+    for _ in range(of_64 % 6):
+        other = noise.randbytes(20_000)
+        both = int.from_bytes(bitmap, "little") & int.from_bytes(other, "little")
+        bitmap = both.to_bytes(20_000, "little")
+    assert native.bitmap_runs(bitmap, 160_000, gap) == _pure.bitmap_runs(bitmap, 160_000, gap)
+
+
 @given(data=st.data())
-def test_native_merge_is_as_pure(native: Any, data: st.DataObject) -> None:
+def test_native_merge_and_difference_are_as_pure(native: Any, data: st.DataObject) -> None:
     old = data.draw(bitmaps)
     new = data.draw(st.binary(min_size=len(old), max_size=len(old)))
     results = []
     for twin in (native, _pure):
-        target = unaligned(old)
-        twin.bitmap_merge(target, new)
-        results.append(bytes(target))
+        merged, left = unaligned(old), unaligned(old)
+        twin.bitmap_merge(merged, new)
+        twin.bitmap_and_not(left, new)
+        results.append((bytes(merged), bytes(left)))
     assert results[0] == results[1]
+
+
+@given(bitmap=bitmaps, first=st.integers(0, 2000), bits=st.integers(0, 2000))
+def test_native_extract_is_as_pure(native: Any, bitmap: bytes, first: int, bits: int) -> None:
+    first = min(first, 8 * len(bitmap))
+    bits = min(bits, 8 * len(bitmap) - first)
+    results = []
+    for twin in (native, _pure):
+        out = unaligned(b"\xaa" * ((bits + 7) // 8), 3)
+        twin.bitmap_extract(unaligned(bitmap), first, bits, out)
+        results.append(bytes(out))
+    assert results[0] == results[1]
+    restricted = [n - first for n in range(first, first + bits) if bitmap[n // 8] >> n % 8 & 1]
+    assert results[0] == sum(1 << n for n in restricted).to_bytes((bits + 7) // 8, "little")
 
 
 # ---- gather and scatter
@@ -336,6 +588,35 @@ def test_a_partial_last_page_of_memory_is_out_of_reach(accel: Any) -> None:
         accel.gather(MEMORY[: 10 * PAGE - 1], u64([9, 1]), 0, 0, out, PAGE)
     with pytest.raises(ValueError, match="run 0 does not lie in the memory of 9 pages"):
         accel.scatter(bytearray(10 * PAGE - 1), u64([9, 1]), 0, 0, out, PAGE)
+
+
+def test_gather_check(accel: Any) -> None:
+    runs = u64([3, 2, 10, 3])
+    out = bytearray(4 * PAGE - 1)
+    head = b"head"
+    check = xxh3(head + pages(3, 4, 10), 5)
+    assert accel.gather_check(MEMORY, runs, 0, 0, out, PAGE, head, 5) == (3 * PAGE, 1, 1, check)
+    assert out == pages(3, 4, 10) + bytes(PAGE - 1)
+    check = xxh3(head + pages(11, 12), 5)
+    assert accel.gather_check(MEMORY, runs, 1, 1, out, PAGE, head, 5) == (2 * PAGE, 2, 0, check)
+    assert accel.gather_check(MEMORY, runs, 2, 0, out, PAGE, head, 5) == (0, 2, 0, xxh3(head, 5))
+
+
+def test_gathered_zeros_have_no_check(accel: Any) -> None:
+    out = bytearray(b"\xff" * 4 * PAGE)
+    assert accel.gather_check(bytes(9 * PAGE), u64([3, 2, 8, 1]), 0, 0, out, PAGE, b"head", 5) == (3 * PAGE, 2, 0, None)
+    assert out == bytes(3 * PAGE) + b"\xff" * PAGE
+
+
+def test_gathered_zeros_before_and_after_other_pages_count(accel: Any) -> None:
+    page = 4096
+    memory = bytearray(64 * page)
+    memory[40 * page] = 1
+    for runs in (u64([0, 64]), u64([40, 9, 0, 9]), u64([0, 9, 40, 1]), u64([0, 50, 1, 3])):
+        out = bytearray(64 * page)
+        filled, *_, check = accel.gather_check(memory, runs, 0, 0, out, page, b"head", 5)
+        assert check == xxh3(b"head" + out[:filled], 5)
+        assert 1 in out
 
 
 def test_scatter_in_pieces(accel: Any) -> None:
@@ -461,14 +742,18 @@ def outcome(function: Any, *arguments: Any) -> Any:
 def test_native_gather_and_scatter_are_as_pure(
     native: Any, runs: array[int], index: int, skip: int, room: int, page_size: int
 ) -> None:
-    gathered, scattered = [], []
+    gathered, checked, scattered = [], [], []
     data = (bytes(range(251)) * 8)[:room]
     for twin in (native, _pure):
         out = bytearray(room)
         gathered.append((outcome(twin.gather, MEMORY, runs, index, skip, out, page_size), out))
+        out = bytearray(room)
+        gather_check = partial(twin.gather_check, MEMORY, runs, index, skip, out, page_size)
+        checked.append((outcome(gather_check, b"head", 5), out))
         memory = bytearray(MEMORY)
         scattered.append((outcome(twin.scatter, memory, runs, index, skip, data, page_size), memory))
     assert gathered[0] == gathered[1]
+    assert checked[0] == checked[1]
     assert scattered[0] == scattered[1]
 
 
@@ -500,19 +785,30 @@ def calls_with(accel: Any, readable: Any, writable: Any) -> list[Any]:
         calls += [
             lambda: accel.is_zero(readable),
             lambda: accel.copy(bytearray(PAGE), readable),
+            lambda: accel.copy_check(bytearray(PAGE), readable, b"", 0),
+            lambda: accel.copy_check(bytearray(PAGE), bytes(PAGE), readable, 0),
             lambda: accel.bitmap_runs(readable, 1),
             lambda: accel.bitmap_merge(bytearray(PAGE), readable),
+            lambda: accel.bitmap_and_not(bytearray(PAGE), readable),
+            lambda: accel.bitmap_extract(readable, 0, 8, bytearray(1)),
             lambda: accel.bitmap_count(readable, 1),
             lambda: accel.gather(readable, runs, 0, 0, bytearray(PAGE), PAGE),
             lambda: accel.gather(MEMORY, readable, 0, 0, bytearray(), PAGE),
+            lambda: accel.gather_check(readable, runs, 0, 0, bytearray(PAGE), PAGE, b"", 0),
+            lambda: accel.gather_check(MEMORY, readable, 0, 0, bytearray(), PAGE, b"", 0),
+            lambda: accel.gather_check(MEMORY, runs, 0, 0, bytearray(PAGE), PAGE, readable, 0),
             lambda: accel.scatter(bytearray(PAGE), runs, 0, 0, readable, PAGE),
             lambda: accel.scatter(bytearray(PAGE), readable, 0, 0, b"", PAGE),
         ]
     if writable is not None:
         calls += [
             lambda: accel.copy(writable, bytes(PAGE)),
+            lambda: accel.copy_check(writable, bytes(PAGE), b"", 0),
             lambda: accel.bitmap_merge(writable, bytes(PAGE)),
+            lambda: accel.bitmap_and_not(writable, bytes(PAGE)),
+            lambda: accel.bitmap_extract(bytes(PAGE), 0, 8 * PAGE, writable),
             lambda: accel.gather(MEMORY, runs, 0, 0, writable, PAGE),
+            lambda: accel.gather_check(MEMORY, runs, 0, 0, writable, PAGE, b"", 0),
             lambda: accel.scatter(writable, runs, 0, 0, bytes(PAGE), PAGE),
         ]
     return calls

@@ -24,16 +24,20 @@ if _choice not in (None, "native", "pure"):
 if _choice == "native" and not _native_built:
     raise ImportError(
         "VFIOSTREAM_ACCEL=native asks for an accelerator that was not built here: "
-        "install vfiostream again on a machine with a C compiler, or unset it."
+        "install vfiostream again on a machine with a C compiler and libxxhash-dev, or unset it."
     )
 
 if _native_built and _choice != "pure":
     from vfiostream._accel._native import (
+        bitmap_and_not,
         bitmap_count,
+        bitmap_extract,
         bitmap_merge,
         bitmap_runs,
         copy,
+        copy_check,
         gather,
+        gather_check,
         is_zero,
         scatter,
     )
@@ -41,11 +45,15 @@ if _native_built and _choice != "pure":
     IMPLEMENTATION = "native"
 else:
     from vfiostream._accel._pure import (
+        bitmap_and_not,
         bitmap_count,
+        bitmap_extract,
         bitmap_merge,
         bitmap_runs,
         copy,
+        copy_check,
         gather,
+        gather_check,
         is_zero,
         scatter,
     )
@@ -54,11 +62,15 @@ else:
 
 __all__ = [
     "IMPLEMENTATION",
+    "bitmap_and_not",
     "bitmap_count",
+    "bitmap_extract",
     "bitmap_merge",
     "bitmap_runs",
     "copy",
+    "copy_check",
     "gather",
+    "gather_check",
     "is_zero",
     "scatter",
 ]

@@ -1,7 +1,7 @@
 # cython: language_level=3, cdivision=True
 """The native twin: the functions of ``_pure.py``, which says what each means, without the GIL.
 
-Everything is checked before anything is written. Where memory is reached through numbers from a buffer (the runs), each
+The loops that a processor's vector units make faster are in C (``kernels.h``). Everything is checked before anything is written. Where memory is reached through numbers from a buffer (the runs), each
 number is read once more and checked again right before its use: runs that change underneath give wrong bytes, never an
 access out of bounds. Words are read with memcpy, as views may start anywhere.
 """
@@ -10,18 +10,58 @@ import sys
 from array import array
 
 cimport cython
-from cpython.array cimport array as Array, clone
+from cpython.array cimport array as Array, clone, resize
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport uint64_t
-from libc.stdlib cimport free, realloc
-from libc.string cimport memcpy, memmove
+from libc.string cimport memcpy, memmove, memset
 
-cdef extern from "<endian.h>" nogil:
-    uint64_t le64toh(uint64_t)
+cdef extern from "kernels.h" nogil:
+    enum:
+        SEARCH_ROOM
 
-cdef extern from * nogil:
-    int count_trailing_zeros "__builtin_ctzll"(unsigned long long)
-    int count_ones "__builtin_popcountll"(unsigned long long)
+    ctypedef struct Check:
+        bint zero
+
+    ctypedef struct Search:
+        const unsigned char *bitmap
+        uint64_t bits
+        uint64_t gap
+        uint64_t *out
+        size_t capacity
+        size_t length
+
+    ctypedef struct Kernels:
+        const char *level
+        void (*check_start)(Check *, const unsigned char *, const unsigned char *, size_t, uint64_t) noexcept nogil
+        void (*check_copy)(Check *, unsigned char *, const unsigned char *, size_t) noexcept nogil
+        uint64_t (*check_finish)(Check *, const unsigned char *) noexcept nogil
+        bint (*is_zero)(const unsigned char *, size_t) noexcept nogil
+        uint64_t (*count_bits)(const unsigned char *, uint64_t) noexcept nogil
+        bint (*find_runs)(Search *) noexcept nogil
+
+    int kernels_here(const Kernels **)
+
+cdef const Kernels *kernels
+
+
+def levels():
+    cdef const Kernels *found[3]
+    cdef int count = kernels_here(found)
+    return tuple([found[n].level.decode() for n in range(count)])
+
+
+def use_level(level):
+    global kernels
+    cdef const Kernels *found[3]
+    cdef int n
+    for n in range(kernels_here(found)):
+        if found[n].level.decode() == level:
+            kernels = found[n]
+            return
+    raise ValueError(f"this processor has no level {level!r}: it has {', '.join(levels())}")
+
+
+use_level(levels()[-1])
 
 
 @cython.final
@@ -48,7 +88,7 @@ def is_zero(data):
     cdef View view = View(data, PyBUF_SIMPLE)
     cdef bint zero
     with nogil:
-        zero = all_zero(view.start, view.size)
+        zero = kernels.is_zero(view.start, view.size)
     return zero
 
 
@@ -60,47 +100,47 @@ def copy(dst, src):
         memmove(target.start, source.start, target.size)
 
 
-cdef bint all_zero(const unsigned char *at, Py_ssize_t size) noexcept nogil:
-    cdef uint64_t words[8]
-    cdef unsigned char rest = 0
-    cdef Py_ssize_t n
-    while size >= 64:
-        memcpy(words, at, 64)
-        if words[0] | words[1] | words[2] | words[3] | words[4] | words[5] | words[6] | words[7]:
-            return False
-        at += 64
-        size -= 64
-    for n in range(size):
-        rest |= at[n]
-    return rest == 0
+def copy_check(dst, src, head, seed):
+    cdef View target = View(dst, PyBUF_WRITABLE)
+    cdef View source = View(src, PyBUF_SIMPLE)
+    cdef View above = View(head, PyBUF_SIMPLE)
+    cdef uint64_t start = checked_seed(seed)
+    cdef Check check
+    cdef uint64_t digest = 0
+    cdef bint zero
+    check_same_length(target, source)
+    with nogil:
+        kernels.check_start(&check, target.start, above.start, above.size, start)
+        kernels.check_copy(&check, target.start, source.start, target.size)
+        zero = check.zero and target.size
+        if not zero:
+            digest = kernels.check_finish(&check, target.start + target.size)
+    return None if zero else digest
 
 
 # ---- bitmaps
 
-cdef struct Numbers:
-    uint64_t *data
-    size_t length
-    size_t capacity
-
-
-def bitmap_runs(bitmap, bits):
+def bitmap_runs(bitmap, bits, gap=0):
     cdef View view = View(bitmap, PyBUF_SIMPLE)
     check_bits(view, bits)
-    cdef uint64_t limit = bits
-    cdef Numbers found = Numbers(NULL, 0, 0)
-    cdef bint complete
-    cdef Array runs
-    try:
+    if gap < 0:
+        raise ValueError(f"a gap of {gap} bits is less than none")
+    cdef Search search
+    memset(&search, 0, sizeof(search))
+    search.bitmap = view.start
+    search.bits = bits
+    search.gap = min(gap, bits)
+    cdef Array runs = clone(array("Q"), 2 * SEARCH_ROOM, False)
+    cdef bint done = False
+    while True:
+        search.out = <uint64_t *>runs.data.as_voidptr
+        search.capacity = len(runs)
         with nogil:
-            complete = find_runs(view.start, limit, &found)
-        if not complete:
-            raise MemoryError
-        runs = clone(array("Q"), found.length, False)
-        if found.length:
-            memcpy(runs.data.as_voidptr, found.data, found.length * sizeof(uint64_t))
-        return runs
-    finally:
-        free(found.data)
+            done = kernels.find_runs(&search)
+        # Memory that was never touched costs nothing, and large blocks grow and shrink without being copied.
+        resize(runs, search.length if done else 2 * search.capacity)
+        if done:
+            return runs
 
 
 def bitmap_merge(dst, src):
@@ -109,75 +149,62 @@ def bitmap_merge(dst, src):
     check_same_length(target, source)
     cdef unsigned char *merged = target.start
     cdef const unsigned char *added = source.start
+    cdef Py_ssize_t size = target.size
     cdef Py_ssize_t n
     with nogil:
-        for n in range(target.size):
+        for n in range(size):
             merged[n] |= added[n]
+
+
+def bitmap_and_not(dst, src):
+    cdef View target = View(dst, PyBUF_WRITABLE)
+    cdef View source = View(src, PyBUF_SIMPLE)
+    check_same_length(target, source)
+    cdef unsigned char *left = target.start
+    cdef const unsigned char *removed = source.start
+    cdef Py_ssize_t size = target.size
+    cdef Py_ssize_t n
+    with nogil:
+        for n in range(size):
+            left[n] &= ~removed[n]
+
+
+def bitmap_extract(bitmap, first, bits, out):
+    cdef View source = View(bitmap, PyBUF_SIMPLE)
+    cdef View target = View(out, PyBUF_WRITABLE)
+    if not 0 <= first <= 8 * source.size or not 0 <= bits <= 8 * source.size - first:
+        raise ValueError(f"{bits} bits from bit {first} on are not in a bitmap of {source.size} bytes")
+    if target.size != (bits + 7) // 8:
+        raise ValueError(f"{bits} bits do not fill {target.size} bytes")
+    cdef const unsigned char *read = source.start + <Py_ssize_t>(first // 8)
+    cdef const unsigned char *end = source.start + source.size
+    cdef unsigned char *written = target.start
+    cdef Py_ssize_t size = target.size
+    cdef Py_ssize_t n
+    cdef int shift = first % 8
+    cdef int rest = bits % 8
+    with nogil:
+        if shift == 0:
+            memmove(written, read, size)
+        elif size:
+            for n in range(size - 1):
+                written[n] = read[n] >> shift | read[n + 1] << (8 - shift)
+            # What the last byte takes from may be the last there is.
+            written[size - 1] = read[size - 1] >> shift
+            if read + size < end:
+                written[size - 1] |= read[size] << (8 - shift)
+        if rest:
+            written[size - 1] &= (1 << rest) - 1
 
 
 def bitmap_count(bitmap, bits):
     cdef View view = View(bitmap, PyBUF_SIMPLE)
     check_bits(view, bits)
     cdef uint64_t limit = bits
-    cdef uint64_t base = 0
-    cdef uint64_t count = 0
+    cdef uint64_t count
     with nogil:
-        while base < limit:
-            count += count_ones(word_at(view.start, base, limit))
-            base += 64
+        count = kernels.count_bits(view.start, limit)
     return count
-
-
-cdef bint find_runs(const unsigned char *bitmap, uint64_t bits, Numbers *found) noexcept nogil:
-    """Append each run's first bit and count; False when memory ran out."""
-    cdef uint64_t base = 0
-    cdef uint64_t first = 0
-    cdef uint64_t before = 0  # The bit below the word at hand; where it is set, a run is open.
-    cdef uint64_t word, edges, at
-    while base < bits:
-        if base % 512 == 0 and before == 0 and bits - base >= 512 and all_zero(bitmap + base // 8, 64):
-            base += 512
-            continue
-        word = word_at(bitmap, base, bits)
-        edges = word ^ (word << 1 | before)  # Set where a bit differs from the one below it: starts and ends in turn.
-        before = word >> 63
-        while edges:
-            at = base + count_trailing_zeros(edges)
-            edges &= edges - 1
-            if found.length % 2 == 0:
-                first = at
-                if not append(found, first):
-                    return False
-            elif not append(found, at - first):
-                return False
-        base += 64
-    return before == 0 or append(found, bits - first)
-
-
-cdef uint64_t word_at(const unsigned char *bitmap, uint64_t base, uint64_t bits) noexcept nogil:
-    """The 64 bits from ``base`` on, those from ``bits`` on zero and not read."""
-    cdef uint64_t word = 0
-    cdef uint64_t left = bits - base
-    if left >= 64:
-        memcpy(&word, bitmap + base // 8, 8)
-        return le64toh(word)
-    memcpy(&word, bitmap + base // 8, (left + 7) // 8)
-    return le64toh(word) & ((<uint64_t>1 << left) - 1)
-
-
-cdef bint append(Numbers *numbers, uint64_t number) noexcept nogil:
-    cdef size_t capacity
-    cdef void *grown
-    if numbers.length == numbers.capacity:
-        capacity = numbers.capacity * 2 if numbers.capacity else 128
-        grown = realloc(numbers.data, capacity * sizeof(uint64_t))
-        if grown == NULL:
-            return False
-        numbers.data = <uint64_t *>grown
-        numbers.capacity = capacity
-    numbers.data[numbers.length] = number
-    numbers.length += 1
-    return True
 
 
 # ---- runs of pages
@@ -185,6 +212,7 @@ cdef bint append(Numbers *numbers, uint64_t number) noexcept nogil:
 cdef enum Way:
     MEASURE  # Go over the runs and copy nothing.
     GATHER
+    GATHER_CHECK
     SCATTER
 
 cdef struct Walk:
@@ -195,6 +223,7 @@ cdef struct Walk:
     unsigned char *memory
     uint64_t memory_pages
     uint64_t page_size
+    Check *check  # Of what is gathered, where it is checked.
 
 
 def gather(memory, runs, index, skip, out, page_size):
@@ -212,6 +241,34 @@ def gather(memory, runs, index, skip, out, page_size):
     if not sound:
         raise_outside(trial)
     return pages * size, walk.index, walk.skip
+
+
+def gather_check(memory, runs, index, skip, out, page_size, head, seed):
+    cdef View source = View(memory, PyBUF_SIMPLE)
+    cdef View target = View(out, PyBUF_WRITABLE)
+    cdef View pairs = View(runs, PyBUF_SIMPLE)
+    cdef View above = View(head, PyBUF_SIMPLE)
+    cdef uint64_t start = checked_seed(seed)
+    cdef uint64_t size = checked_page_size(page_size)
+    cdef uint64_t room = target.size // size
+    cdef Check check
+    cdef Walk walk = start_walk(pairs, index, skip, source, size)
+    cdef Walk trial = walk
+    cdef uint64_t pages
+    cdef uint64_t digest = 0
+    cdef bint sound
+    cdef bint zero = False
+    with nogil:
+        kernels.check_start(&check, target.start, above.start, above.size, start)
+        walk.check = &check
+        sound = step(&trial, room, &pages, NULL, MEASURE) and step(&walk, room, &pages, target.start, GATHER_CHECK)
+        if sound:
+            zero = check.zero and pages
+            if not zero:
+                digest = kernels.check_finish(&check, target.start + pages * size)
+    if not sound:
+        raise_outside(trial)
+    return pages * size, walk.index, walk.skip, None if zero else digest
 
 
 def scatter(memory, runs, index, skip, data, page_size):
@@ -251,6 +308,8 @@ cdef bint step(Walk *walk, uint64_t room, uint64_t *pages, unsigned char *packed
         span = walk.memory + (first + walk.skip) * walk.page_size
         if way == GATHER:
             memmove(packed + pages[0] * walk.page_size, span, taken * walk.page_size)
+        elif way == GATHER_CHECK:
+            kernels.check_copy(walk.check, packed + pages[0] * walk.page_size, span, taken * walk.page_size)
         elif way == SCATTER:
             memmove(span, packed + pages[0] * walk.page_size, taken * walk.page_size)
         pages[0] += taken
@@ -271,7 +330,7 @@ cdef Walk start_walk(View runs, index, skip, View memory, uint64_t page_size) ex
         memcpy(&count, runs.start + 16 * <uint64_t>index + 8, 8)
     if not 0 <= index <= total or not 0 <= skip <= count:
         raise ValueError(f"page {skip} of run {index} is not in the {total} runs")
-    return Walk(runs.start, total, index, skip, memory.start, memory.size // page_size, page_size)
+    return Walk(runs.start, total, index, skip, memory.start, memory.size // page_size, page_size, NULL)
 
 
 cdef raise_outside(Walk walk):
@@ -294,3 +353,9 @@ cdef uint64_t checked_page_size(page_size) except 0:
     if not 0 < page_size <= sys.maxsize:
         raise ValueError(f"{page_size} bytes is not the size of a page")
     return page_size
+
+
+cdef uint64_t checked_seed(seed) except? 0:
+    if not 0 <= seed <= 0xFFFFFFFFFFFFFFFF:
+        raise ValueError(f"a seed of {seed} is not an unsigned number of 64 bits")
+    return seed

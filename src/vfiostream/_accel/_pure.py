@@ -10,6 +10,8 @@ import sys
 from array import array
 from collections.abc import Iterator
 
+import xxhash
+
 from vfiostream.buffers import Buffer
 
 _ZEROS = bytes(1 << 16)
@@ -37,18 +39,42 @@ def copy(dst: bytearray | memoryview, src: Buffer) -> None:
     target[:] = source
 
 
-def bitmap_runs(bitmap: Buffer, bits: int) -> array[int]:
+def copy_check(dst: bytearray | memoryview, src: Buffer, head: Buffer, seed: int) -> int | None:
+    """Copy ``src`` to ``dst``, which is as long, and return the XXH3-64 of ``head`` and the copy.
+
+    Where there is something to copy and all of it is zero, the result is None; ``dst`` is written all the same.
+    ``seed`` is an unsigned number of 64 bits. ``src`` may be memory that others write to meanwhile: what is said of the
+    bytes is said of those in ``dst``. ``src`` and ``dst`` do not overlap.
+    """
+    target, source, above = _writable(dst), _readable(src), _readable(head)
+    _check_seed(seed)
+    _check_same_length(target, source)
+    target[:] = source
+    return _check_of(target, above, seed)
+
+
+def _check_of(content: memoryview, head: memoryview, seed: int) -> int | None:
+    if content and is_zero(content):
+        return None
+    digest = xxhash.xxh3_64(head, seed)
+    digest.update(content)
+    return digest.intdigest()
+
+
+def bitmap_runs(bitmap: Buffer, bits: int, gap: int = 0) -> array[int]:
     """Find the runs of set bits among the first ``bits`` of ``bitmap``.
 
     Bit n is bit ``n % 8`` of byte ``n // 8``. Returns ``array("Q", [first, count, first, count...])``, ascending; each
-    run is as long as can be.
+    run is as long as can be. Runs with at most ``gap`` clean bits between them become one, clean bits included.
     """
     view = _readable(bitmap)
     _check_bits(view, bits)
+    if gap < 0:
+        raise ValueError(f"a gap of {gap} bits is less than none")
     runs = array("Q")
     first = end = 0  # Of the run at hand, which the next piece may continue.
     for start, count in _pieces_of_runs(view, bits):
-        if start != end:
+        if end == first or start - end > gap:
             if end > first:
                 runs.extend((first, end - first))
             first = start
@@ -86,6 +112,28 @@ def bitmap_merge(dst: bytearray | memoryview, src: Buffer) -> None:
     _check_same_length(target, source)
     merged = int.from_bytes(target, "little") | int.from_bytes(source, "little")
     target[:] = merged.to_bytes(len(target), "little")
+
+
+def bitmap_and_not(dst: bytearray | memoryview, src: Buffer) -> None:
+    """Clear in ``dst`` every bit that is set in ``src``, which is as long."""
+    target, source = _writable(dst), _readable(src)
+    _check_same_length(target, source)
+    left = int.from_bytes(target, "little") & ~int.from_bytes(source, "little")
+    target[:] = left.to_bytes(len(target), "little")
+
+
+def bitmap_extract(bitmap: Buffer, first: int, bits: int, out: bytearray | memoryview) -> None:
+    """Write the ``bits`` bits of ``bitmap`` from ``first`` on to ``out``, of which they become bit 0 and up.
+
+    ``out`` is as long as they need; what is left of its last byte is cleared. ``bitmap`` and ``out`` do not overlap.
+    """
+    source, target = _readable(bitmap), _writable(out)
+    if not 0 <= first <= 8 * len(source) or not 0 <= bits <= 8 * len(source) - first:
+        raise ValueError(f"{bits} bits from bit {first} on are not in a bitmap of {len(source)} bytes")
+    if len(target) != (bits + 7) // 8:
+        raise ValueError(f"{bits} bits do not fill {len(target)} bytes")
+    read = int.from_bytes(source[first // 8 : (first + bits + 7) // 8], "little") >> first % 8
+    target[:] = (read & ((1 << bits) - 1)).to_bytes(len(target), "little")
 
 
 def bitmap_count(bitmap: Buffer, bits: int) -> int:
@@ -126,6 +174,23 @@ def gather(
         target[filled : filled + size] = source[first * page_size : first * page_size + size]
         filled += size
     return filled, index, skip
+
+
+def gather_check(
+    memory: Buffer,
+    runs: array[int] | Buffer,
+    index: int,
+    skip: int,
+    out: bytearray | memoryview,
+    page_size: int,
+    head: Buffer,
+    seed: int,
+) -> tuple[int, int, int, int | None]:
+    """:func:`gather`, and with it what :func:`copy_check` returns for ``head`` and the bytes copied."""
+    target, above = _writable(out), _readable(head)
+    _check_seed(seed)
+    filled, index, skip = gather(memory, runs, index, skip, target, page_size)
+    return filled, index, skip, _check_of(target[:filled], above, seed)
 
 
 def scatter(
@@ -209,3 +274,8 @@ def _checked_page_size(page_size: int) -> int:
     if not 0 < page_size <= sys.maxsize:
         raise ValueError(f"{page_size} bytes is not the size of a page")
     return page_size
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"a seed of {seed} is not an unsigned number of 64 bits")
