@@ -104,18 +104,18 @@ class FrameReader:
                 raise self._short(where, self._end - self._start, framing.PREFIX_SIZE)
         prefix = self._session.parse(self._take(framing.PREFIX_SIZE))
         header = memoryview(bytearray(prefix.header_size))
-        await self._fill([header], records.name_of(prefix.type, prefix.sequence))
+        await self._fill([header], prefix)
         return prefix, header
 
     async def body(self, prefix: Prefix, header: Buffer, place: Sequence[memoryview]) -> Incoming:
         """Receive the payload into ``place``, which is as large as it, and check and accept the frame. Where this
         raises, what is in ``place`` is not to be used. Errors as :meth:`head`.
         """
-        where = records.name_of(prefix.type, prefix.sequence)
-        await self._fill(place, where)
+        await self._fill(place, prefix)
         self._session.check(prefix, header, place)
         content = None
         if prefix.type == Bitmap.type:
+            where = records.name_of(prefix.type, prefix.sequence)
             content = self._decompressor.content(place[0], prefix.flags, prefix.content_size, where)
         record = self._session.receive(prefix, header, content)
         self.transferred += prefix.frame_size
@@ -147,9 +147,10 @@ class FrameReader:
         """What to raise where :meth:`head` or :meth:`read` returned None too early."""
         return _cut(self._transport, self._session.next_record, "is missing: the stream ends where it should come")
 
-    async def _fill(self, place: Sequence[memoryview], where: str) -> None:
-        """Fill ``place`` with what has come already, then with what comes."""
-        size = sum(map(len, place))
+    async def _fill(self, place: Sequence[memoryview], prefix: Prefix) -> None:
+        """Fill ``place``, which is for a part of the frame of ``prefix``, with what has come already, then with what
+        comes.
+        """
         done = 0
         left = []
         for view in place:
@@ -163,7 +164,8 @@ class FrameReader:
             # Here nothing is ahead any more.
             got = await self._transport.receive([*left, self._ahead])
             if got == 0:
-                raise self._short(where, done, size)
+                where = records.name_of(prefix.type, prefix.sequence)
+                raise self._short(where, done, sum(map(len, place)))
             done += got
             while left and got >= len(left[0]):
                 got -= len(left.pop(0))

@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import count, pairwise
 from time import monotonic
 
 import anyio
@@ -78,6 +78,8 @@ from vfiostream.version import SOFTWARE
 log = logging.getLogger("vfiostream.pipeline")
 
 DECOMPRESSORS = 2
+TURNS = 8
+"""Frames received in their place before others get their turn: about a millisecond's worth."""
 
 
 @dataclass(slots=True)
@@ -254,8 +256,10 @@ class Target:
             tasks.cancel_scope.cancel()
 
     async def _read_all(self) -> None:
-        while True:
-            await anyio.lowlevel.checkpoint()  # what has come is read without waiting: let the loader work
+        for turn in count():
+            # What has come is read without waiting: let the loader work, and everybody else now and then.
+            if self._to_load or turn % TURNS == 0:
+                await anyio.lowlevel.checkpoint()
             head = await self._frames.head()
             if head is None:
                 raise self._frames.ended()

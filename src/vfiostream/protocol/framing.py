@@ -115,11 +115,3 @@ def parse_prefix(data: Buffer, seed: int, where: str) -> Prefix:
             where, f"has {payload_size} bytes of payload for {content_size} of content with flags {flags}"
         )
     return Prefix(type_, flags, stream, header_size, sequence, payload_size, content_size, body_check)
-
-
-def check_body(prefix: Prefix, header: Buffer, payload: Sequence[Buffer], seed: int, where: str) -> None:
-    """Check header and payload (in pieces, as they were received) against the prefix; raises
-    :class:`~vfiostream.errors.StreamError`.
-    """
-    if body_check(header, payload, seed) != prefix.body_check:
-        raise StreamError(where, "has content that does not match its check value")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from itertools import pairwise
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, get_args
 
 import msgpack
 
@@ -430,8 +430,9 @@ _HEADER_FIELDS: dict[type[Any], tuple[str, ...]] = {
 
 Streamed: TypeAlias = Capture | Memory | Bitmap | Pages | Pci | Config
 """The records that belong to a device or a range of guest memory."""
+_STREAMED = frozenset(get_args(Streamed))
 
-CONTENT: dict[RecordType, tuple[int, int]] = {
+CONTENT: dict[int, tuple[int, int]] = {
     RecordType.MEMORY: (1, limits.MAX_CONTENT),
     RecordType.BITMAP: (1, limits.MAX_BITMAP_PAGES // 8),
     RecordType.PAGES: (limits.PAGE_SIZE, limits.MAX_CONTENT),
@@ -469,11 +470,10 @@ def decode(type_: int, stream: int, sequence: int, header: Buffer) -> Record:
     """Make the record of a frame of a known type whose checks have passed; raises
     :class:`~vfiostream.errors.StreamError`.
     """
-    where = name_of(type_, sequence)
     cls = _CLASSES[type_]
-    streamed = issubclass(cls, Streamed)
+    streamed = cls in _STREAMED
     if streamed != (stream != 0):
-        raise StreamError(where, f"can't be on stream {stream}")
+        raise StreamError(name_of(type_, sequence), f"can't be on stream {stream}")
     try:
         values = msgpack.unpackb(
             header,
@@ -496,7 +496,7 @@ def decode(type_: int, stream: int, sequence: int, header: Buffer) -> Record:
         return made
     except (ValueError, msgpack.exceptions.UnpackException) as error:
         # msgpack's FormatError, StackError and ExtraData are ValueErrors, OutOfData is an UnpackException.
-        raise StreamError(where, f"has a bad header: {error}") from error
+        raise StreamError(name_of(type_, sequence), f"has a bad header: {error}") from error
 
 
 def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:

@@ -19,9 +19,11 @@ from vfiostream.errors import LocalProtocolError, StreamError
 from vfiostream.protocol import framing, limits, records
 from vfiostream.protocol.framing import Prefix
 from vfiostream.protocol.records import (
+    Abort,
     Ack,
     Bitmap,
     Capture,
+    Commit,
     Config,
     Credit,
     End,
@@ -31,8 +33,10 @@ from vfiostream.protocol.records import (
     Pci,
     RangeEntry,
     Record,
+    RecordType,
     Round,
     RoundEnd,
+    State,
     Welcome,
 )
 
@@ -41,6 +45,8 @@ log = logging.getLogger("vfiostream.protocol")
 
 class Phase(Enum):
     """Where a migration is."""
+
+    __hash__ = object.__hash__  # Members are looked up once a frame; Enum's own hash is Python code.
 
     START = auto()
     GREETED = auto()
@@ -64,6 +70,8 @@ class Phase(Enum):
 class Step(Enum):
     """What moves a migration from phase to phase: the records, with ACK and the data records told apart."""
 
+    __hash__ = object.__hash__  # as above
+
     HELLO = "HELLO"
     WELCOME = "WELCOME"
     ROUND = "ROUND"
@@ -80,22 +88,22 @@ class Step(Enum):
     ABORT = "ABORT"
 
 
-_STEPS = {
-    "HELLO": Step.HELLO,
-    "WELCOME": Step.WELCOME,
-    "ROUND": Step.ROUND,
-    "CAPTURE": Step.DATA,
-    "MEMORY": Step.DATA,
-    "BITMAP": Step.DATA,
-    "PAGES": Step.DATA,
-    "ROUND_END": Step.ROUND_END,
-    "STATE": Step.STATE,
-    "PCI": Step.CONFIG,
-    "CONFIG": Step.CONFIG,
-    "END": Step.END,
-    "CREDIT": Step.CREDIT,
-    "COMMIT": Step.COMMIT,
-    "ABORT": Step.ABORT,
+_STEPS: dict[type[Record], Step] = {
+    Hello: Step.HELLO,
+    Welcome: Step.WELCOME,
+    Round: Step.ROUND,
+    Capture: Step.DATA,
+    Memory: Step.DATA,
+    Bitmap: Step.DATA,
+    Pages: Step.DATA,
+    RoundEnd: Step.ROUND_END,
+    State: Step.STATE,
+    Pci: Step.CONFIG,
+    Config: Step.CONFIG,
+    End: Step.END,
+    Credit: Step.CREDIT,
+    Commit: Step.COMMIT,
+    Abort: Step.ABORT,
 }
 _ACKS = {"round": Step.ROUND_ACK, "loaded": Step.LOADED_ACK, "running": Step.RUNNING_ACK}
 
@@ -155,8 +163,12 @@ STORED: dict[tuple[Phase, Step], Phase] = {
 """A checkpoint: the same stream, and nobody answers."""
 
 
+def _name(prefix: Prefix) -> str:
+    return records.name_of(prefix.type, prefix.sequence)
+
+
 def _step(record: Record) -> Step:
-    return _ACKS[record.of] if isinstance(record, Ack) else _STEPS[record.type.name]
+    return _ACKS[record.of] if isinstance(record, Ack) else _STEPS[type(record)]
 
 
 @dataclass(slots=True)
@@ -367,17 +379,16 @@ class _Session:
         :class:`~vfiostream.errors.StreamError`.
         """
         parsed = framing.parse_prefix(prefix, self._seed if self._received else 0, self.next_record)
-        where = records.name_of(parsed.type, parsed.sequence)
-        if parsed.sequence != self._received + 1:
-            raise StreamError(where, f"is out of order: record {self._received + 1} should come here")
-        if not records.is_known(parsed.type):
-            raise StreamError(where, "is not part of this format")
-        if parsed.header_size > limits.MAX_HEADER and parsed.type != records.RecordType.HELLO:
-            raise StreamError(where, f"has a header of {parsed.header_size} bytes (the limit is {limits.MAX_HEADER})")
         try:
-            self._check_content(records.RecordType(parsed.type), parsed.flags, parsed.content_size)
+            if parsed.sequence != self._received + 1:
+                raise ValueError(f"is out of order: record {self._received + 1} should come here")
+            if not records.is_known(parsed.type):
+                raise ValueError("is not part of this format")
+            if parsed.header_size > limits.MAX_HEADER and parsed.type != RecordType.HELLO:
+                raise ValueError(f"has a header of {parsed.header_size} bytes (the limit is {limits.MAX_HEADER})")
+            self._check_content(parsed.type, parsed.flags, parsed.content_size)
         except ValueError as error:
-            raise StreamError(where, str(error)) from error
+            raise StreamError(_name(parsed), str(error)) from error
         return parsed
 
     def check(self, prefix: Prefix, header: Buffer, payload: Sequence[Buffer]) -> None:
@@ -385,9 +396,10 @@ class _Session:
         :class:`~vfiostream.errors.StreamError`.
         """
         seed = self._seed if self._received else 0
-        framing.check_body(prefix, header, payload, seed, records.name_of(prefix.type, prefix.sequence))
+        if framing.body_check(header, payload, seed) != prefix.body_check:
+            raise StreamError(_name(prefix), "has content that does not match its check value")
 
-    def _check_content(self, type_: records.RecordType, flags: int, content_size: int) -> None:
+    def _check_content(self, type_: int, flags: int, content_size: int) -> None:
         """Raise ValueError for content that no record of this type has, or that was not agreed on."""
         if flags == framing.FLAG_ZSTD and "zstd" not in self.features:
             raise ValueError("is compressed, and the ends did not agree on that")
@@ -399,19 +411,19 @@ class _Session:
     def _accept(self, prefix: Prefix, header: Buffer, bitmap: Buffer | None) -> Record:
         """Decode and check a frame whose body check has passed."""
         record = records.decode(prefix.type, prefix.stream, prefix.sequence, header)
-        where = records.name_of(prefix.type, prefix.sequence)
         step = _step(record)
-        if step not in self._receives or (self.phase, step) not in self._table:
-            raise StreamError(where, f"must not come now (the migration is in phase {self.phase.name})")
         try:
+            if step not in self._receives or (self.phase, step) not in self._table:
+                raise ValueError(f"must not come now (the migration is in phase {self.phase.name})")
             self._settle(record)
             if self._contents is not None:
                 self._contents.take(record, prefix.content_size, bitmap)
         except ValueError as error:
-            raise StreamError(where, str(error)) from error
+            raise StreamError(_name(prefix), str(error)) from error
         self._move(step)
         self._received += 1
-        log.debug("in  %s %s, %d bytes", where, record, prefix.frame_size)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("in  %s %s, %d bytes", _name(prefix), record, prefix.frame_size)
         return record
 
     def _settle(self, record: Record) -> None:
@@ -478,7 +490,8 @@ class _Session:
             self._seed if self._sent > 1 else 0,
             check,
         )
-        log.debug("out %s record %d %s, %d bytes", record.type.name, self._sent, record, len(head) + len(payload))
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("out %s record %d %s, %d bytes", record.type.name, self._sent, record, len(head) + len(payload))
         return head, payload
 
     def _move(self, step: Step) -> None:
@@ -572,8 +585,7 @@ class TargetSession(_Session):
         if self._answers and _step(record) not in _FREE:
             self.spent += prefix.frame_size
             if self.spent > self._limit:
-                where = records.name_of(prefix.type, prefix.sequence)
-                raise StreamError(where, f"exceeds the credit that was given by {self.spent - self._limit} bytes")
+                raise StreamError(_name(prefix), f"exceeds the credit that was given by {self.spent - self._limit} bytes")
         return record
 
     def send(self, record: Record) -> tuple[bytes, Buffer]:
