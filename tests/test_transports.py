@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import socket
@@ -30,7 +31,7 @@ from tests.transport_contract import (
     time_limit,
 )
 from vfiostream.errors import ConnectionLost, LocalProtocolError, TransportError, UsageError
-from vfiostream.transports import connect, listen
+from vfiostream.transports import blocks, connect, file, listen, write_behind
 from vfiostream.transports.contract import Listener, Transport
 from vfiostream.transports.memory import memory_pair
 from vfiostream.transports.stream import SocketTransport
@@ -99,6 +100,80 @@ class TestFile(TransportContract):
     async def receiver(self) -> AsyncIterator[Transport]:
         async with await listen(f"file:{self.folder}/checkpoint") as listener, await listener.accept() as reader:
             yield reader
+
+
+class SmallBlocks(TestFile):
+    """Blocks of two pages, so that a few bytes take many."""
+
+    @pytest.fixture(autouse=True)
+    def _small_blocks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(blocks, "BLOCK", 8192)
+
+
+class TestFileInSmallBlocks(SmallBlocks):
+    pass
+
+
+class TestFileThatIsNotCached(SmallBlocks):
+    @pytest.fixture(autouse=True)
+    def _not_cached(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        forget_the_cache(monkeypatch)
+
+
+class TestFileSystemThatCanNotTellWhatIsCached(SmallBlocks):
+    @pytest.fixture(autouse=True)
+    def _can_not_tell(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        forget_the_cache(monkeypatch, errno.EOPNOTSUPP)
+
+
+class TestFileSystemWithoutDirectAccess(SmallBlocks):
+    @pytest.fixture(autouse=True)
+    def _no_direct_access(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        real = fcntl.fcntl
+
+        def refusing(fd: int, command: int, argument: int = 0) -> int:
+            if command == fcntl.F_SETFL and argument & os.O_DIRECT:
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            return real(fd, command, argument)
+
+        monkeypatch.setattr(fcntl, "fcntl", refusing)
+        forget_the_cache(monkeypatch)
+
+
+class TestFileSystemThatRefusesDirectAccessLate(SmallBlocks):
+    @pytest.fixture(autouse=True)
+    def _late_refusal(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        forget_the_cache(monkeypatch)
+        for call in ("pwrite", "preadv"):
+            refuse_direct_access(monkeypatch, call)
+
+
+def forget_the_cache(patch: pytest.MonkeyPatch, number: int = errno.EAGAIN, kept: int = 0) -> None:
+    """Let every read that must not wait for a disk be refused with ``number``, wherever the test's folder is, but for
+    the first ``kept`` bytes of a file.
+    """
+    real = os.preadv
+
+    def refusing(fd: int, views: Sequence[memoryview], offset: int, flags: int = 0) -> int:
+        if flags & os.RWF_NOWAIT:
+            if offset < kept:
+                return real(fd, [views[0][: kept - offset]], offset)
+            raise OSError(number, os.strerror(number))
+        return real(fd, views, offset)
+
+    patch.setattr(os, "preadv", refusing)
+    patch.setattr(file, "_lives_in_memory", lambda fd: False)
+
+
+def refuse_direct_access(patch: pytest.MonkeyPatch, call: str) -> None:
+    real = getattr(os, call)
+
+    def refusing(fd: int, *arguments: Any) -> Any:
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(fd, *arguments)
+
+    patch.setattr(os, call, refusing)
 
 
 # ---- addresses
@@ -565,36 +640,109 @@ async def test_content_name_and_folder_are_synced_in_this_order(
 
 
 async def test_a_write_that_is_taken_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writev = os.writev
+    pwrite = os.pwrite
 
-    def short_writev(fd: int, views: Sequence[memoryview]) -> int:
-        return writev(fd, [views[0][:1000]])
+    def short_pwrite(fd: int, view: memoryview, offset: int) -> int:
+        aligned = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT
+        return pwrite(fd, view[: 4096 if aligned else 1000], offset)
 
-    monkeypatch.setattr(os, "writev", short_writev)
+    monkeypatch.setattr(os, "pwrite", short_pwrite)
     async with await connect(f"file:{tmp_path}/x") as writer:
         await send_all(writer, [[NOISE[:100_001], b"", NOISE[100_001:200_000]]])
     assert (tmp_path / "x").read_bytes() == NOISE[:200_000]
 
 
-async def test_a_disk_that_gets_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = 0
-    writev = os.writev
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097, 8191, 8192, 8193, 3 * 8192, 5 * 8192 + 5000])
+async def test_files_of_every_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Past the page cache only whole pages can be written and read."""
+    monkeypatch.setattr(blocks, "BLOCK", 8192)
+    await write_whole(tmp_path / "x", NOISE[:size])
+    assert (tmp_path / "x").read_bytes() == NOISE[:size]
+    forget_the_cache(monkeypatch)
+    assert await read_whole(tmp_path / "x") == NOISE[:size]
 
-    def writev_until_full(fd: int, views: Sequence[memoryview]) -> int:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
+
+@pytest.mark.parametrize("first", [1, 4096, 8191, 8192, 10_000])
+async def test_a_file_of_which_the_start_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: int) -> None:
+    monkeypatch.setattr(blocks, "BLOCK", 8192)
+    forget_the_cache(monkeypatch, kept=first)
+    await write_whole(tmp_path / "x", NOISE[:50_000])
+    async with await listen(f"file:{tmp_path}/x") as listener, await listener.accept() as reader:
+        assert await receive_exactly(reader, first) == NOISE[:first]
+        assert file_threads() == []
+        assert await receive_all(reader) == NOISE[first:50_000]
+
+
+async def test_a_file_that_shrinks_while_it_is_read_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forget_the_cache(monkeypatch, kept=6000)
+    await write_whole(tmp_path / "x", NOISE[:50_000])
+    async with await listen(f"file:{tmp_path}/x") as listener, await listener.accept() as reader:
+        assert await receive_exactly(reader, 6000) == NOISE[:6000]
+        os.truncate(tmp_path / "x", 5000)
+        assert await receive_all(reader) == b""
+
+
+async def test_what_lives_in_memory_is_read_without_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    fd = os.memfd_create("checkpoint", os.MFD_CLOEXEC)
+    try:
+        os.write(fd, NOISE[:1000])
+        async with await listen(f"file:/proc/self/fd/{fd}") as listener, await listener.accept() as reader:
+            assert await receive_all(reader) == NOISE[:1000]
+            assert file_threads() == []
+    finally:
+        os.close(fd)
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that has room for two blocks of two pages."""
+    monkeypatch.setattr(blocks, "BLOCK", 8192)
+    pwrite = os.pwrite
+
+    def pwrite_until_full(fd: int, view: memoryview, offset: int) -> int:
+        if offset >= 2 * 8192:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return writev(fd, [views[0][:100]])
+        return pwrite(fd, view, offset)
 
-    async with await connect(f"file:{tmp_path}/x") as writer:
-        monkeypatch.setattr(os, "writev", writev_until_full)
-        with pytest.raises(TransportError, match=r"/x: writing failed \(No space left on device\); free some space"):
+    monkeypatch.setattr(os, "pwrite", pwrite_until_full)
+
+
+FULL = r"/x: writing failed \(No space left on device\); free some space"
+
+
+@pytest.mark.usefixtures("full_disk")
+async def test_a_disk_that_gets_full(tmp_path: Path) -> None:
+    async with time_limit(), await connect(f"file:{tmp_path}/x") as writer:
+        with pytest.raises(TransportError, match=FULL):
+            while True:
+                await writer.send([NOISE[:8192]])
+        with pytest.raises(TransportError, match=FULL):
             await writer.send([NOISE[:1000]])
-        with pytest.raises(TransportError, match="stopped part-way"):
-            await writer.send([NOISE[:1000]])
+        with pytest.raises(TransportError, match=FULL):
+            await writer.finish()
         with pytest.raises(TransportError, match="stopped part-way"):
             await writer.finish()
+    assert names(tmp_path) == []
+
+
+@pytest.mark.usefixtures("full_disk")
+@pytest.mark.parametrize("size", [3 * 8192 - 1, 3 * 8192])
+async def test_a_disk_that_gets_full_at_the_end(tmp_path: Path, size: int) -> None:
+    """All was taken; only finish can say that it did not get there."""
+    async with time_limit(), await connect(f"file:{tmp_path}/x") as writer:
+        await writer.send([NOISE[:size]])
+        with pytest.raises(TransportError, match=FULL):
+            await writer.finish()
+    assert names(tmp_path) == []
+
+
+@pytest.mark.usefixtures("full_disk")
+async def test_a_send_that_fails_part_way_tears(tmp_path: Path) -> None:
+    async with time_limit(), await connect(f"file:{tmp_path}/x") as writer:
+        with pytest.raises(TransportError, match=FULL):
+            await writer.send([NOISE])
+        with pytest.raises(TransportError, match="stopped part-way"):
+            await writer.send([b"more"])
     assert names(tmp_path) == []
 
 
@@ -609,6 +757,7 @@ def test_a_limit_on_file_sizes(tmp_path: Path) -> None:
             async with await connect(sys.argv[1]) as writer:
                 try:
                     await writer.send([bytes(150_000)])
+                    await writer.finish()
                 except TransportError as error:
                     print(error)
         anyio.run(main)
@@ -791,7 +940,7 @@ async def test_a_file_that_can_not_be_read(tmp_path: Path, monkeypatch: pytest.M
 
 
 class Held:
-    """A system call that a worker thread is in until the test lets it go on."""
+    """A system call that a thread is in until the test lets it go on."""
 
     def __init__(self, real: Callable[..., int]) -> None:
         self.real = real
@@ -804,12 +953,33 @@ class Held:
         return self.real(*args)
 
 
-async def test_a_receive_cancelled_while_it_reads_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    await write_whole(tmp_path / "x", NOISE[:1000])
+def file_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "vfiostream-file"]
+
+
+@pytest.fixture
+def held_read(monkeypatch: pytest.MonkeyPatch) -> Held:
+    """Nothing is cached, and threads that read are held."""
     held = Held(os.preadv)
     monkeypatch.setattr(os, "preadv", held)
+    forget_the_cache(monkeypatch)
+    return held
+
+
+@pytest.fixture
+def held_write(monkeypatch: pytest.MonkeyPatch) -> Held:
+    """Blocks have two pages, and the thread that writes is held."""
+    monkeypatch.setattr(blocks, "BLOCK", 8192)
+    held = Held(os.pwrite)
+    monkeypatch.setattr(os, "pwrite", held)
+    return held
+
+
+ALL_BLOCKS = write_behind.BLOCKS * 8192
+
+
+async def test_a_receive_cancelled_while_it_reads_loses_nothing(tmp_path: Path, held_read: Held) -> None:
+    await write_whole(tmp_path / "x", NOISE[:1000])
     received = bytearray()
 
     async def receive_once(transport: Transport) -> None:
@@ -819,41 +989,145 @@ async def test_a_receive_cancelled_while_it_reads_loses_nothing(
     async with time_limit(), await listen(f"file:{tmp_path}/x") as listener, await listener.accept() as reader:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(receive_once, reader)
-            await anyio.to_thread.run_sync(held.begun.wait)
+            await anyio.to_thread.run_sync(held_read.begun.wait)
             tasks.cancel_scope.cancel()
-            held.go_on.set()
+            held_read.go_on.set()
         received += await receive_all(reader)
     assert received == NOISE[:1000]
 
 
-async def test_a_send_cancelled_while_it_writes_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    held = Held(os.writev)
-    monkeypatch.setattr(os, "writev", held)
+async def test_a_send_copies_and_waits_only_for_room(tmp_path: Path, held_write: Held) -> None:
+    """What is held is bounded: the blocks, and not a byte more."""
+    sent = 0
+
+    async def send_much(transport: Transport) -> None:
+        nonlocal sent
+        for start in range(0, 2 * ALL_BLOCKS, 1000):
+            await transport.send([NOISE[start : start + 1000]])
+            sent = start + 1000
+        await transport.finish()
+
+    async with time_limit(), await connect(f"file:{tmp_path}/x") as writer, anyio.create_task_group() as tasks:
+        tasks.start_soon(send_much, writer)
+        await anyio.to_thread.run_sync(held_write.begun.wait)
+        await anyio.wait_all_tasks_blocked()
+        assert sent == ALL_BLOCKS // 1000 * 1000
+        held_write.go_on.set()
+    assert (tmp_path / "x").read_bytes() == NOISE[:sent]
+
+
+async def test_a_send_cancelled_while_it_waits_for_its_first_byte_was_not_begun(
+    tmp_path: Path, held_write: Held
+) -> None:
+    async with time_limit(), await connect(f"file:{tmp_path}/x") as writer:
+        await writer.send([NOISE[:ALL_BLOCKS]])
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(writer.send, [b"never"])
+            await anyio.wait_all_tasks_blocked()
+            tasks.cancel_scope.cancel()
+        held_write.go_on.set()
+        await send_all(writer, [[b"more"]])
+    assert (tmp_path / "x").read_bytes() == NOISE[:ALL_BLOCKS] + b"more"
+
+
+async def test_a_send_to_a_file_cancelled_part_way_tears(tmp_path: Path, held_write: Held) -> None:
     async with time_limit(), await connect(f"file:{tmp_path}/x") as writer:
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(writer.send, [NOISE[:500], NOISE[500:1000]])
-            await anyio.to_thread.run_sync(held.begun.wait)
+            tasks.start_soon(writer.send, [NOISE])
+            await anyio.wait_all_tasks_blocked()
             tasks.cancel_scope.cancel()
-            held.go_on.set()
-        await send_all(writer, [[NOISE[1000:2000]]])
-    assert (tmp_path / "x").read_bytes() == NOISE[:2000]
+        held_write.go_on.set()
+        with pytest.raises(TransportError, match="stopped part-way"):
+            await writer.send([b"more"])
+        with pytest.raises(TransportError, match="stopped part-way"):
+            await writer.finish()
+    assert names(tmp_path) == []
 
 
-async def test_closing_waits_for_the_thread_that_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_finish_cancelled_while_content_is_written_gives_no_name(tmp_path: Path, held_write: Held) -> None:
+    async with time_limit(), await connect(f"file:{tmp_path}/x") as writer:
+        await writer.send([b"half"])
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(writer.finish)
+            await anyio.wait_all_tasks_blocked()
+            tasks.cancel_scope.cancel()
+        held_write.go_on.set()
+        with pytest.raises(TransportError, match="stopped part-way"):
+            await writer.finish()
+        assert not (tmp_path / "x").exists()
+    assert names(tmp_path) == []
+
+
+async def test_a_file_is_closed_while_a_send_waits(tmp_path: Path, held_write: Held) -> None:
+    async def send_and_be_closed(transport: Transport) -> None:
+        with pytest.raises(TransportError, match="closed while in use"):
+            await transport.send([NOISE])
+
+    async with time_limit(), await connect(f"file:{tmp_path}/x") as writer, anyio.create_task_group() as tasks:
+        tasks.start_soon(send_and_be_closed, writer)
+        await anyio.wait_all_tasks_blocked()
+        tasks.start_soon(writer.aclose)
+        await anyio.wait_all_tasks_blocked()
+        held_write.go_on.set()
+    assert file_threads() == []
+    assert names(tmp_path) == []
+
+
+async def test_a_file_is_closed_while_a_receive_waits(tmp_path: Path, held_read: Held) -> None:
     """Closed under the thread, the descriptor could be somebody else's file by the time of the call."""
     await write_whole(tmp_path / "x", NOISE[:1000])
-    held = Held(os.preadv)
-    monkeypatch.setattr(os, "preadv", held)
-    space = bytearray(1000)
+
+    async def receive_and_be_closed(transport: Transport) -> None:
+        with pytest.raises(TransportError, match="closed while in use"):
+            await transport.receive([memoryview(bytearray(1))])
+
     async with time_limit(), await listen(f"file:{tmp_path}/x") as listener:
         reader = await listener.accept()
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(reader.receive, [memoryview(space)])
-            await anyio.to_thread.run_sync(held.begun.wait)
+            tasks.start_soon(receive_and_be_closed, reader)
+            await anyio.to_thread.run_sync(held_read.begun.wait)
             tasks.start_soon(reader.aclose)
             await anyio.wait_all_tasks_blocked()
-            held.go_on.set()
-    assert space == NOISE[:1000]
+            held_read.go_on.set()
+    assert file_threads() == []
+
+
+@pytest.mark.parametrize("cancel", [False, True])
+async def test_no_thread_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cancel: bool) -> None:
+    monkeypatch.setattr(blocks, "BLOCK", 8192)
+    writer = await connect(f"file:{tmp_path}/x")
+    await writer.send([NOISE[:100_000]])
+    assert len(file_threads()) == 1
+    await writer.finish()
+    forget_the_cache(monkeypatch)
+    async with await listen(f"file:{tmp_path}/x") as listener:
+        reader = await listener.accept()
+    assert await receive_exactly(reader, 100) == NOISE[:100]
+    assert len(file_threads()) == 3
+    for transport in (writer, reader):
+        with anyio.CancelScope() as scope:
+            if cancel:
+                scope.cancel()
+            await transport.aclose()
+    assert file_threads() == []
+
+
+async def test_a_file_system_that_hangs_does_not_keep_aclose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, held_write: Held
+) -> None:
+    monkeypatch.setattr(file, "CLOSE_TIMEOUT", 0)
+    async with time_limit(), await connect(f"file:{tmp_path}/x") as writer:
+        await writer.send([NOISE[:8192]])
+        [thread] = file_threads()
+        await anyio.to_thread.run_sync(held_write.begun.wait)
+        await writer.aclose()
+        assert "the file system does not answer" in caplog.text
+        assert len(names(tmp_path)) == 1
+        held_write.go_on.set()
+        monkeypatch.undo()
+        await writer.aclose()  # waits for the one before
+    assert not thread.is_alive()
+    assert names(tmp_path) == []
 
 
 # ---- the queue

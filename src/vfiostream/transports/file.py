@@ -1,23 +1,27 @@
 """A file as a transport: written to the side and named when it is whole, read from its start.
 
-System calls run in worker threads that are never abandoned, for reads and writes of a file block. Invariants:
+Threads write it and read it, in large blocks and never one chunk at a time, for a file blocks; only what the page cache
+has is read in line. Opening, finishing and closing are one step each, in a worker thread that is never abandoned.
+Invariants:
 
 - The final name appears only in ``finish``, after the content is durable; until then it is a hidden ``.partial`` file.
   When ``finish`` fails after that, the name is taken back; a file that was replaced can't be, and the error says so.
 - A name that exists is never replaced unless that was asked for: ``link`` decides it, without a race.
-- ``_lock`` is held around every use of the descriptor, so that it is not closed under a thread that uses it.
+- The descriptor is not closed under a thread that uses it: closing waits for those that read or write, and for
+  ``_lock``, which finishing holds.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import logging
 import os
 import secrets
 import stat
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import anyio
 import anyio.lowlevel
@@ -26,7 +30,9 @@ import anyio.to_thread
 from vfiostream.buffers import Buffer
 from vfiostream.errors import LocalProtocolError, TransportError, UsageError
 from vfiostream.transports.contract import Listener, Transport
-from vfiostream.transports.unsent import IOV_MAX, Unsent
+from vfiostream.transports.read_ahead import ReadAhead
+from vfiostream.transports.unsent import IOV_MAX
+from vfiostream.transports.write_behind import WriteBehind
 
 logger = logging.getLogger("vfiostream.transport")
 
@@ -64,10 +70,16 @@ class _OpenFile(Transport):
 
     async def aclose(self) -> None:
         self._closed = True
-        with anyio.move_on_after(CLOSE_TIMEOUT, shield=True) as scope:
-            await anyio.to_thread.run_sync(self._close, abandon_on_cancel=True)
-        if scope.cancelled_caught:
-            logger.warning("%s: the file system does not answer; closing goes on behind", self.address)
+        try:
+            await self._stop()
+        finally:
+            with anyio.move_on_after(CLOSE_TIMEOUT, shield=True) as scope:
+                await anyio.to_thread.run_sync(self._close, abandon_on_cancel=True)
+            if scope.cancelled_caught:
+                logger.warning("%s: the file system does not answer; closing goes on behind", self.address)
+
+    async def _stop(self) -> None:
+        """Let calls go that wait for a thread."""
 
     def _close(self) -> None:
         with self._lock:
@@ -83,13 +95,26 @@ class _OpenFile(Transport):
     def _let_go(self, fd: int) -> None:
         os.close(fd)
 
+    @contextlib.contextmanager
+    def _translated(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise _failure(self.address, doing, error) from error
+        except anyio.ClosedResourceError as error:
+            raise TransportError(f"{self.address}: the file was closed while in use; open it again") from error
+
     def _check_open(self) -> None:
         if self._closed:
             raise TransportError(f"{self.address}: the file was closed; open it again")
 
 
 class FileWriter(_OpenFile):
-    """A file being written. Cancelling a call takes effect after it, so a ``send`` is whole or was not begun."""
+    """A file being written. A ``send`` copies, and waits only for room; an error of writing is raised by the next call.
+
+    It takes :data:`~vfiostream.transports.write_behind.BLOCKS` blocks of memory. Cancelling ``finish`` takes effect
+    before the file gets its name, or after all is done.
+    """
 
     def __init__(self, address: str, fd: int, folder: int, partial: str, name: str, *, replace: bool) -> None:
         super().__init__(address, fd)
@@ -97,38 +122,35 @@ class FileWriter(_OpenFile):
         self._partial = partial
         self._name = name
         self._replace = replace
+        self._behind = WriteBehind(fd)
         self._torn = False
         self._finished = False
 
     async def send(self, buffers: Sequence[Buffer]) -> None:
         self._check_can_write()
-        await anyio.to_thread.run_sync(self._write, buffers)
+        await anyio.lowlevel.checkpoint_if_cancelled()
+        with self._translated("writing"):
+            await self._behind.ready()
+            # Set until all is taken; so whatever ends the call in between leaves it set.
+            self._torn = True
+            for buffer in buffers:
+                await self._behind.write(buffer)
+            self._torn = False
 
     async def finish(self) -> None:
         self._check_can_write()
+        await anyio.lowlevel.checkpoint_if_cancelled()
+        self._torn = True
+        with self._translated("writing"):
+            await self._behind.flush()
         await anyio.to_thread.run_sync(self._publish)
 
     async def receive(self, into: Sequence[memoryview]) -> int:
         raise LocalProtocolError(f"{self.address}: a file opened for writing can't be read")
 
-    def _write(self, buffers: Sequence[Buffer]) -> None:
-        with self._lock, Unsent(buffers) as unsent:
-            self._check_open()
-            while unsent:
-                self._torn = True
-                try:
-                    count = os.writev(self._fd, unsent.head())
-                except OSError as error:
-                    raise _failure(self.address, "writing", error) from error
-                unsent.advance(count)
-                if logger.isEnabledFor(logging.DEBUG):
-                    logger.debug("%s: wrote %d bytes", self.address, count)
-            self._torn = False
-
     def _publish(self) -> None:
         with self._lock:
             self._check_open()
-            self._torn = True
             try:
                 os.fsync(self._fd)
                 self._give_name()
@@ -174,7 +196,11 @@ class FileWriter(_OpenFile):
         if os.path.samestat(named, os.fstat(self._fd)):  # else somebody has given the name to another file
             os.unlink(self._name, dir_fd=self._folder)
 
+    async def _stop(self) -> None:
+        await self._behind.stop()
+
     def _let_go(self, fd: int) -> None:
+        self._behind.join()
         try:
             if not self._finished:
                 _unlink_if_there(self._folder, self._partial)
@@ -191,11 +217,19 @@ class FileWriter(_OpenFile):
 
 
 class FileReader(_OpenFile):
-    """A file being read. The position moves when a call returns, so that a call that is cut off loses nothing."""
+    """A file being read.
+
+    What the page cache has is read in line: that takes no longer than copying it. From the first piece on that it does
+    not have, the rest is read ahead, past the page cache, which takes
+    :data:`~vfiostream.transports.read_ahead.BLOCKS` blocks of memory.
+    """
 
     def __init__(self, address: str, fd: int) -> None:
         super().__init__(address, fd)
         self._offset = 0
+        """Moved when a call returns, so that a call that is cut off loses nothing."""
+        self._flags = 0 if _lives_in_memory(fd) else os.RWF_NOWAIT
+        self._ahead: ReadAhead | None = None
 
     async def send(self, buffers: Sequence[Buffer]) -> None:
         raise LocalProtocolError(f"{self.address}: a file opened for reading can't be written")
@@ -205,20 +239,31 @@ class FileReader(_OpenFile):
 
     async def receive(self, into: Sequence[memoryview]) -> int:
         self._check_open()
-        count = await anyio.to_thread.run_sync(self._read, into)
-        self._offset += count
-        return count
+        await anyio.lowlevel.checkpoint_if_cancelled()
+        self._check_open()
+        with self._translated("reading"):
+            if self._ahead is None:
+                try:
+                    count = os.preadv(self._fd, into[:IOV_MAX], self._offset, self._flags)
+                except OSError as error:
+                    if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
+                        raise
+                    # Where the file system can't tell what the cache has, it is not passed by: it may have everything.
+                    self._ahead = ReadAhead(self._fd, self._offset, direct=error.errno == errno.EAGAIN)
+                    logger.debug("%s: reading ahead from %d on", self.address, self._offset)
+                else:
+                    self._offset += count
+                    return count
+            return await self._ahead.receive(into)
 
-    def _read(self, into: Sequence[memoryview]) -> int:
-        with self._lock:
-            self._check_open()
-            try:
-                count = os.preadv(self._fd, into[:IOV_MAX], self._offset)
-            except OSError as error:
-                raise _failure(self.address, "reading", error) from error
-        if logger.isEnabledFor(logging.DEBUG):
-            logger.debug("%s: read %d bytes at %d", self.address, count, self._offset)
-        return count
+    async def _stop(self) -> None:
+        if self._ahead is not None:
+            await self._ahead.stop()
+
+    def _let_go(self, fd: int) -> None:
+        if self._ahead is not None:
+            self._ahead.join()
+        super()._let_go(fd)
 
 
 class FileListener(Listener):
@@ -271,9 +316,13 @@ def _open_to_write(address: str, replace: bool) -> FileWriter:
         undo.callback(_unlink_if_there, folder, partial)
         if not replace:
             _check_links(address, folder, partial)
+        try:
+            writer = FileWriter(address, fd, folder, partial, name, replace=replace)
+        except OSError as error:
+            raise _failure(address, "making the file", error) from error
         undo.pop_all()
     logger.debug("%s: writing to %s", address, partial)
-    return FileWriter(address, fd, folder, partial, name, replace=replace)
+    return writer
 
 
 def _check_free(address: str, folder: int, name: str, replace: bool) -> None:
@@ -318,6 +367,17 @@ def _open_to_read(address: str) -> FileReader:
         undo.pop_all()
     logger.debug("%s: reading", address)
     return FileReader(address, fd)
+
+
+def _lives_in_memory(fd: int) -> bool:
+    """Whether reading never waits for a disk (but for one that is swapped to). Only files of tmpfs, hugetlbfs and memfd
+    have seals, and tmpfs does not know RWF_NOWAIT.
+    """
+    try:
+        fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:
+        return False
+    return True
 
 
 def _link(folder: int, existing: str, name: str) -> None:
