@@ -159,9 +159,9 @@ class Source:
     # ---- before: greeting
 
     async def _greet(self) -> None:
-        head, _ = self._session.send(self._hello)
+        frame = self._session.send(self._hello)
         with anyio.move_on_after(self._settings.patience) as scope:
-            await self._line.hand_over([head])
+            await self._line.hand_over(frame)
             if not self._transport.answers:
                 return
             match await read_reply(self._transport, self._session):
@@ -402,11 +402,11 @@ class Source:
             "runs: see its outcome there, and let the source run again with `vfiostream device resume` only if "
             "it says that it was never committed"
         )
-        head, _ = self._session.send(Commit())
+        frame = self._session.send(Commit())
         self._committed = True
         try:
             with anyio.fail_after(self._settings.patience):
-                await self._line.hand_over([head])
+                await self._line.hand_over(frame)
             with anyio.fail_after(2 * self._settings.patience):
                 answer = await read_reply(self._transport, self._session)
         except (TimeoutError, VfiostreamError) as error:
@@ -437,8 +437,8 @@ class Source:
 
     async def _store(self) -> None:
         """Make the checkpoint whole: the source runs already."""
-        head, _ = self._session.send(Commit())
-        await self._line.hand_over([head])
+        frame = self._session.send(Commit())
+        await self._line.hand_over(frame)
         await self._transport.finish()
 
     # ---- instead: the source runs on
@@ -511,10 +511,10 @@ class Source:
         instead.__cause__ = stuck
         return instead
 
-    def _last_words(self, error: BaseException) -> Buffer:
+    def _last_words(self, error: BaseException) -> Sequence[Buffer]:
         """The ABORT that tells the target why; nothing where it knows, or can't be told."""
         if self._session.phase in (Phase.ABORTED, Phase.DONE) or not self._line.whole:
-            return b""
+            return ()
         told = failure.told(error, "the source was cancelled: it runs on")
-        head, _ = self._session.send(Abort(failure.abort_code(error), failure.reason(told), stopped=False))
-        return head
+        frame = self._session.send(Abort(failure.abort_code(error), failure.reason(told), stopped=False))
+        return frame

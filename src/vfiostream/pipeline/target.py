@@ -51,7 +51,7 @@ from vfiostream.pipeline.settings import Settings
 from vfiostream.pipeline.workers import Workers
 from vfiostream.protocol import framing, limits, records
 from vfiostream.protocol.framing import Prefix
-from vfiostream.protocol.payload import Decompressor
+from vfiostream.protocol.payload import Decompressor, Piece
 from vfiostream.protocol.records import (
     Abort,
     Ack,
@@ -268,12 +268,12 @@ class Target:
             if place is None:
                 frame = await self._frames.leased_body(prefix, header)
                 pending = _Pending(frame)
-                if prefix.flags == framing.FLAG_ZSTD and frame.content is None:
+                if not frame.pieces:
                     pending.packed = True
                     self._decompressors.submit(partial(_decompress, frame), partial(self._unpacked, pending))
             else:
                 with place:
-                    pending = _Pending(await self._frames.body(prefix, header, [place]))
+                    pending = _Pending(await self._frames.body(prefix, header, place))
                 self._take_in_place(pending)
             self._progress.transferred = self._frames.transferred
             match pending.frame.record:
@@ -327,7 +327,7 @@ class Target:
             del self._windows[stream]
 
     def _unpacked(self, pending: _Pending, content: Buffer) -> None:
-        pending.frame.content = content
+        pending.frame.pieces = [Piece(len(content), content)]
         pending.packed = False
         self._news.set()
 
@@ -349,27 +349,17 @@ class Target:
                 return
             await self._let_go(frame)
 
-    def _content(self, frame: Incoming) -> Buffer:
-        if frame.prefix.flags == framing.FLAG_ZERO:
-            return self._zeros[: frame.prefix.content_size]
-        if frame.content is not None:
-            return frame.content
-        return b"" if frame.lease is None else frame.lease.view
-
     async def _load(self, frame: Incoming) -> None:
-        content = self._content(frame)
         match frame.record:
             case Memory() as record:
-                await self._devices[record.stream].write(content)
-                self._count(len(content))
+                await self._load_content(self._devices[record.stream], frame)
             case Pages() as record:
-                await self._load_pages(record, frame.prefix, content)
-                self._count(len(content))
+                await self._load_pages(record, frame)
             case Bitmap() as record:
                 area = self._ranges[record.stream]
                 start = record.page * limits.PAGE_SIZE
                 memory = area.view[start : start + record.pages * limits.PAGE_SIZE]
-                runs = _accel.bitmap_runs(content, record.pages)
+                runs = _accel.bitmap_runs(_whole(frame), record.pages)
                 self._windows[record.stream] = _Window(area, start, memory, runs)
             case Capture() as record:
                 await self._devices[record.stream].begin_capture(record.size)
@@ -384,14 +374,13 @@ class Target:
                 self._times.append(monotonic())
                 self._progress.phase = "stop-and-copy"
             case Pci() as record:
-                await self._devices[record.stream].load_pci_config(content)
-                self._count(len(content))
+                await self._devices[record.stream].load_pci_config(_whole(frame))
+                self._count(frame.prefix.content_size)
             case Config() as record:
                 device = self._devices[record.stream]
                 if record.pos == 0:
                     await device.begin_config(record.size)
-                await device.write(content)
-                self._count(len(content))
+                await self._load_content(device, frame)
             case End():
                 self._mark_end()
                 for device in self._devices.values():
@@ -403,21 +392,28 @@ class Target:
             case _:
                 pass
 
-    async def _load_pages(self, record: Pages, prefix: Prefix, content: Buffer) -> None:
+    async def _load_content(self, device: Device, frame: Incoming) -> None:
+        for piece in frame.pieces:
+            await device.write(self._zeros[: piece.size] if piece.data is None else piece.data)
+        self._count(frame.prefix.content_size)
+
+    async def _load_pages(self, record: Pages, frame: Incoming) -> None:
         window = self._windows[record.stream]
-        if prefix.flags == framing.FLAG_ZERO:
-            left = prefix.content_size
-            while left:
-                size = min(left, window.run_left)
-                window.area.zero(window.start + window.pos, size)
-                window.advance(size)
-                left -= size
-        else:
-            if self._session.rounds == 1:
-                await self._present.wait(window.area, window.start + window.pos, len(content))
-            window.index, window.skip = _accel.scatter(
-                window.memory, window.runs, window.index, window.skip, content, limits.PAGE_SIZE
-            )
+        for piece in frame.pieces:
+            if piece.data is None:
+                left = piece.size
+                while left:
+                    size = min(left, window.run_left)
+                    window.area.zero(window.start + window.pos, size)
+                    window.advance(size)
+                    left -= size
+            else:
+                if self._session.rounds == 1:
+                    await self._present.wait(window.area, window.start + window.pos, piece.size)
+                window.index, window.skip = _accel.scatter(
+                    window.memory, window.runs, window.index, window.skip, piece.data, limits.PAGE_SIZE
+                )
+        self._count(frame.prefix.content_size)
         self._close_if_done(record.stream, window)
 
     def _mark_end(self) -> None:
@@ -447,9 +443,9 @@ class Target:
 
     async def _say(self, record: Record) -> None:
         """Send a record to the source. It is small and the source always reads, so it is never cut in half."""
-        head, _ = self._session.send(record)
+        frame = self._session.send(record)
         with anyio.CancelScope(shield=True), anyio.move_on_after(self._settings.patience) as scope:
-            await self._transport.send([head])
+            await self._transport.send(frame)
         if scope.cancelled_caught:
             raise ConnectionLost(f"{self._transport.address}: the source takes no answers")
 
@@ -540,16 +536,22 @@ class Target:
         if self._transport.answers:
             await part(self._transport, self._last_words(error))
 
-    def _last_words(self, error: BaseException) -> Buffer:
+    def _last_words(self, error: BaseException) -> Sequence[Buffer]:
         """The ABORT that tells the source why; nothing where it has said one itself."""
         if self._session.phase in (Phase.ABORTED, Phase.DONE):
-            return b""
+            return ()
         told = failure.told(error, "the target was cancelled: nothing of this runs there")
         return self._abort(failure.abort_code(error), told, stopped=True)
 
-    def _abort(self, code: str, problem: str, *, stopped: bool) -> Buffer:
-        head, _ = self._session.send(Abort(code, failure.reason(problem), stopped))
-        return head
+    def _abort(self, code: str, problem: str, *, stopped: bool) -> Sequence[Buffer]:
+        frame = self._session.send(Abort(code, failure.reason(problem), stopped))
+        return frame
+
+
+def _whole(frame: Incoming) -> Buffer:
+    """The content of a frame, in one piece."""
+    (piece,) = frame.pieces
+    return bytes(piece.size) if piece.data is None else piece.data
 
 
 def _decompress(frame: Incoming, decompressor: Decompressor) -> Buffer:
