@@ -20,7 +20,7 @@ cdef extern from "kernels.h" nogil:
         SEARCH_ROOM
 
     ctypedef struct Check:
-        bint zero
+        pass
 
     ctypedef struct Search:
         const unsigned char *bitmap
@@ -34,9 +34,10 @@ cdef extern from "kernels.h" nogil:
         const char *level
         void (*check_start)(Check *, const unsigned char *, const unsigned char *, size_t, uint64_t) noexcept nogil
         void (*check_copy)(Check *, unsigned char *, const unsigned char *, size_t) noexcept nogil
-        uint64_t (*check_finish)(Check *, const unsigned char *) noexcept nogil
+        bint (*check_finish)(Check *, const unsigned char *, uint64_t *) noexcept nogil
         bint (*is_zero)(const unsigned char *, size_t) noexcept nogil
         uint64_t (*count_bits)(const unsigned char *, uint64_t) noexcept nogil
+        void (*extract)(const unsigned char *, int, uint64_t, unsigned char *) noexcept nogil
         bint (*find_runs)(Search *) noexcept nogil
 
     int kernels_here(const Kernels **)
@@ -106,16 +107,14 @@ def copy_check(dst, src, head, seed):
     cdef View above = View(head, PyBUF_SIMPLE)
     cdef uint64_t start = checked_seed(seed)
     cdef Check check
-    cdef uint64_t digest = 0
-    cdef bint zero
+    cdef uint64_t digest
+    cdef bint found
     check_same_length(target, source)
     with nogil:
         kernels.check_start(&check, target.start, above.start, above.size, start)
         kernels.check_copy(&check, target.start, source.start, target.size)
-        zero = check.zero and target.size
-        if not zero:
-            digest = kernels.check_finish(&check, target.start + target.size)
-    return None if zero else digest
+        found = kernels.check_finish(&check, target.start + target.size, &digest)
+    return digest if found else None
 
 
 # ---- bitmaps
@@ -176,25 +175,11 @@ def bitmap_extract(bitmap, first, bits, out):
         raise ValueError(f"{bits} bits from bit {first} on are not in a bitmap of {source.size} bytes")
     if target.size != (bits + 7) // 8:
         raise ValueError(f"{bits} bits do not fill {target.size} bytes")
-    cdef const unsigned char *read = source.start + <Py_ssize_t>(first // 8)
-    cdef const unsigned char *end = source.start + source.size
-    cdef unsigned char *written = target.start
-    cdef Py_ssize_t size = target.size
-    cdef Py_ssize_t n
+    cdef Py_ssize_t byte = first // 8
     cdef int shift = first % 8
-    cdef int rest = bits % 8
+    cdef uint64_t count = bits
     with nogil:
-        if shift == 0:
-            memmove(written, read, size)
-        elif size:
-            for n in range(size - 1):
-                written[n] = read[n] >> shift | read[n + 1] << (8 - shift)
-            # What the last byte takes from may be the last there is.
-            written[size - 1] = read[size - 1] >> shift
-            if read + size < end:
-                written[size - 1] |= read[size] << (8 - shift)
-        if rest:
-            written[size - 1] &= (1 << rest) - 1
+        kernels.extract(source.start + byte, shift, count, target.start)
 
 
 def bitmap_count(bitmap, bits):
@@ -255,20 +240,16 @@ def gather_check(memory, runs, index, skip, out, page_size, head, seed):
     cdef Walk walk = start_walk(pairs, index, skip, source, size)
     cdef Walk trial = walk
     cdef uint64_t pages
-    cdef uint64_t digest = 0
-    cdef bint sound
-    cdef bint zero = False
+    cdef uint64_t digest
+    cdef bint sound, found
     with nogil:
         kernels.check_start(&check, target.start, above.start, above.size, start)
         walk.check = &check
         sound = step(&trial, room, &pages, NULL, MEASURE) and step(&walk, room, &pages, target.start, GATHER_CHECK)
-        if sound:
-            zero = check.zero and pages
-            if not zero:
-                digest = kernels.check_finish(&check, target.start + pages * size)
+        found = sound and kernels.check_finish(&check, target.start + pages * size, &digest)
     if not sound:
         raise_outside(trial)
-    return pages * size, walk.index, walk.skip, None if zero else digest
+    return pages * size, walk.index, walk.skip, digest if found else None
 
 
 def scatter(memory, runs, index, skip, data, page_size):
