@@ -15,6 +15,11 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyOb
 from libc.stdint cimport uint64_t
 from libc.string cimport memcpy, memmove, memset
 
+cdef extern from "<sys/mman.h>" nogil:
+    enum:
+        MADV_HUGEPAGE
+    int madvise(void *, size_t, int)
+
 cdef extern from "kernels.h" nogil:
     enum:
         SEARCH_ROOM
@@ -39,10 +44,14 @@ cdef extern from "kernels.h" nogil:
         uint64_t (*count_bits)(const unsigned char *, uint64_t) noexcept nogil
         void (*extract)(const unsigned char *, int, uint64_t, unsigned char *) noexcept nogil
         bint (*find_runs)(Search *) noexcept nogil
+        uint64_t (*count_left)(const Search *) noexcept nogil
 
     int kernels_here(const Kernels **)
 
 cdef const Kernels *kernels
+
+# Numbers in an array of runs (1 MiB) from which on what is left is counted before more memory is taken, once.
+cdef size_t COUNT_FROM = 1 << 17
 
 
 def levels():
@@ -129,17 +138,32 @@ def bitmap_runs(bitmap, bits, gap=0):
     search.bitmap = view.start
     search.bits = bits
     search.gap = min(gap, bits)
-    cdef Array runs = clone(array("Q"), 2 * SEARCH_ROOM, False)
+    # Enough for noise of 1 %: what is not used is given back untouched.
+    cdef Array runs = clone(array("Q"), min(search.bits // 32, COUNT_FROM) + SEARCH_ROOM, False)
     cdef bint done = False
+    cdef size_t capacity
     while True:
         search.out = <uint64_t *>runs.data.as_voidptr
         search.capacity = len(runs)
         with nogil:
             done = kernels.find_runs(&search)
-        # Memory that was never touched costs nothing, and large blocks grow and shrink without being copied.
-        resize(runs, search.length if done else 2 * search.capacity)
+            if done:
+                capacity = search.length
+            elif search.capacity < COUNT_FROM:
+                capacity = 2 * search.capacity
+            else:
+                capacity = search.length + 2 * kernels.count_left(&search) + 2 * SEARCH_ROOM
+        resize(runs, capacity)
         if done:
             return runs
+        if search.capacity >= COUNT_FROM:
+            ask_for_large_pages(runs.data.as_voidptr, capacity * sizeof(uint64_t))
+
+
+cdef ask_for_large_pages(void *start, size_t size):
+    """Runs of noise are larger than their bitmap, and the first touch of small pages takes longer than finding them."""
+    cdef size_t offset = -<size_t>start & 4095
+    madvise(<char *>start + offset, size - offset, MADV_HUGEPAGE)  # Where there are none all is as it was.
 
 
 def bitmap_merge(dst, src):

@@ -55,6 +55,8 @@ typedef struct {
     void (*extract)(const unsigned char *bitmap, int shift, uint64_t bits, unsigned char *out);
     /* Go on with the search; false where `out` is full before it is done. */
     bool (*find_runs)(Search *search);
+    /* The runs that a search has left to find, or a few more; joined ones count one by one. */
+    uint64_t (*count_left)(const Search *search);
 } Kernels;
 
 /* Only gcc can be told inside a file what to compile it for; clang makes the plain level alone. */

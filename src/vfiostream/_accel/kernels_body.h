@@ -220,4 +220,17 @@ static bool find_runs(Search *search)
     return room && finish_runs(search);
 }
 
-const Kernels LEVEL = {LEVEL_NAME, check_start, check_copy, check_finish, is_zero, count_bits, extract, find_runs};
+static uint64_t count_left(const Search *search)
+{
+    const unsigned char *bitmap = search->bitmap + search->base / 8;
+    uint64_t left = search->bits - search->base, words = left / 64, count = 0;
+    if (words)
+        count = (uint64_t)__builtin_popcountll(word_at(bitmap)); /* More than there are in the first word, often. */
+    for (uint64_t n = 1; n < words; n++) {
+        uint64_t word = word_at(bitmap + 8 * n), below = word << 1 | word_at(bitmap + 8 * n - 8) >> 63;
+        count += (uint64_t)__builtin_popcountll(word & ~below);
+    }
+    return count + 64; /* In what is left of the last word. */
+}
+
+const Kernels LEVEL = {LEVEL_NAME, check_start, check_copy, check_finish, is_zero, count_bits, extract, find_runs, count_left};
