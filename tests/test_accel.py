@@ -144,7 +144,7 @@ def test_a_level_the_processor_does_not_have_is_refused(native: Any) -> None:
 def test_implementation_names_what_is_exported() -> None:
     module = {"native": "vfiostream._accel._native", "pure": "vfiostream._accel._pure"}[_accel.IMPLEMENTATION]
     functions = [getattr(_accel, name) for name in _accel.__all__ if name != "IMPLEMENTATION"]
-    assert len(functions) == 11
+    assert len(functions) == 12
     assert {function.__module__ for function in functions} == {module}
 
 
@@ -849,3 +849,21 @@ def test_no_buffer_is_kept(accel: Any) -> None:
     with pytest.raises(ValueError, match="destination"):
         accel.copy(buffer, b"")
     buffer.append(0)  # A BufferError while anybody holds it.
+
+
+# ---- pages that are zeros
+
+
+@given(st.lists(st.booleans(), max_size=40), st.integers(0, PAGE - 1))
+def test_pages_that_are_not_zeros(native: Any, used: list[bool], where: int) -> None:
+    data = b"".join(bytes(where) + b"\x01" + bytes(PAGE - 1 - where) if one else bytes(PAGE) for one in used)
+    for twin in (native, _pure):
+        bitmap = bytearray(b"\xff" * ((len(used) + 7) // 8))
+        assert twin.nonzero_pages(unaligned(data), PAGE, bitmap) == sum(used)
+        assert int.from_bytes(bitmap, "little") == sum(one << n for n, one in enumerate(used))
+
+
+@pytest.mark.parametrize(("size", "page", "bitmap"), [(65, 64, 1), (64, 64, 0), (64, 64, 2), (64, 0, 1)])
+def test_pages_and_their_bitmap_must_fit(accel: Any, size: int, page: int, bitmap: int) -> None:
+    with pytest.raises(ValueError, match="page"):
+        accel.nonzero_pages(bytes(size), page, bytearray(bitmap))

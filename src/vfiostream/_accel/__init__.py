@@ -39,6 +39,7 @@ if _native_built and _choice != "pure":
         gather,
         gather_check,
         is_zero,
+        nonzero_pages,
         scatter,
     )
 
@@ -55,6 +56,7 @@ else:
         gather,
         gather_check,
         is_zero,
+        nonzero_pages,
         scatter,
     )
 
@@ -72,5 +74,6 @@ __all__ = [
     "gather",
     "gather_check",
     "is_zero",
+    "nonzero_pages",
     "scatter",
 ]

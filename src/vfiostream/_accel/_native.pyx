@@ -102,6 +102,23 @@ def is_zero(data):
     return zero
 
 
+def nonzero_pages(data, page_size, bitmap):
+    cdef View view = View(data, PyBUF_SIMPLE)
+    cdef View found = View(bitmap, PyBUF_WRITABLE)
+    cdef uint64_t size = checked_page_size(page_size)
+    cdef uint64_t pages = view.size // size
+    cdef uint64_t count = 0
+    cdef uint64_t n
+    check_pages(view.size, page_size, found.size)
+    with nogil:
+        memset(found.start, 0, found.size)
+        for n in range(pages):
+            if not kernels.is_zero(view.start + n * size, size):
+                found.start[n // 8] |= 1 << (n % 8)
+                count += 1
+    return count
+
+
 def copy(dst, src):
     cdef View target = View(dst, PyBUF_WRITABLE)
     cdef View source = View(src, PyBUF_SIMPLE)
@@ -347,6 +364,11 @@ cdef raise_outside(Walk walk):
 cdef check_same_length(View dst, View src):
     if dst.size != src.size:
         raise ValueError(f"the destination has {dst.size} bytes and the source {src.size}")
+
+
+cdef check_pages(Py_ssize_t size, page_size, Py_ssize_t bitmap_size):
+    if size % page_size or bitmap_size != (size // page_size + 7) // 8:
+        raise ValueError(f"a bitmap of {bitmap_size} bytes is not one of the {page_size} byte pages of {size} bytes")
 
 
 cdef check_bits(View bitmap, bits):

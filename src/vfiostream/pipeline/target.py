@@ -441,7 +441,7 @@ class Target:
             self._granted = self._spent + self._settings.budget
             await self._say(Ack(of, self._session.rounds, self._granted))
 
-    async def _say(self, record: Record) -> None:
+    async def _say(self, record: Credit | Ack | Welcome) -> None:
         """Send a record to the source. It is small and the source always reads, so it is never cut in half."""
         frame = self._session.send(record)
         with anyio.CancelScope(shield=True), anyio.move_on_after(self._settings.patience) as scope:
