@@ -26,7 +26,7 @@ import anyio.to_thread
 from vfiostream.buffers import Buffer
 from vfiostream.errors import LocalProtocolError, TransportError, UsageError
 from vfiostream.transports.contract import Listener, Transport
-from vfiostream.transports.unsent import Unsent
+from vfiostream.transports.unsent import IOV_MAX, Unsent
 
 logger = logging.getLogger("vfiostream.transport")
 
@@ -213,7 +213,7 @@ class FileReader(_OpenFile):
         with self._lock:
             self._check_open()
             try:
-                count = os.preadv(self._fd, into, self._offset)
+                count = os.preadv(self._fd, into[:IOV_MAX], self._offset)
             except OSError as error:
                 raise _failure(self.address, "reading", error) from error
         if logger.isEnabledFor(logging.DEBUG):
