@@ -63,7 +63,7 @@ def hello(*features: str) -> Hello:
 
 
 def sparse(record: Record, payload_size: int, content_size: int) -> Frame:
-    return Frame(record, bytes(content_size), bytes(payload_size), FLAG_SPARSE)
+    return Frame(record, bytes(payload_size), FLAG_SPARSE, bytes(content_size))
 
 
 @pytest.mark.parametrize(

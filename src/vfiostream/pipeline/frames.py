@@ -162,7 +162,7 @@ class FrameReader:
         place[:done] = self._take(done)
         while done < len(place):
             # Here nothing is ahead any more.
-            got = await self._transport.receive([place[done:], self._ahead])
+            got = await self._transport.receive([place[done:], self._ahead], len(place) - done)
             if got == 0:
                 raise self._short(records.name_of(prefix.type, prefix.sequence), done, len(place))
             done += got

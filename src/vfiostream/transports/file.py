@@ -108,7 +108,7 @@ class FileWriter(_OpenFile):
         self._check_can_write()
         await anyio.to_thread.run_sync(self._publish)
 
-    async def receive(self, into: Sequence[memoryview]) -> int:
+    async def receive(self, into: Sequence[memoryview], least: int = 1) -> int:
         raise LocalProtocolError(f"{self.address}: a file opened for writing can't be read")
 
     def _write(self, buffers: Sequence[Buffer]) -> None:
@@ -203,7 +203,7 @@ class FileReader(_OpenFile):
     async def finish(self) -> None:
         raise LocalProtocolError(f"{self.address}: a file opened for reading can't be finished")
 
-    async def receive(self, into: Sequence[memoryview]) -> int:
+    async def receive(self, into: Sequence[memoryview], least: int = 1) -> int:
         self._check_open()
         count = await anyio.to_thread.run_sync(self._read, into)
         self._offset += count
