@@ -1,9 +1,10 @@
 # cython: language_level=3, cdivision=True
 """The native twin: the functions of ``_pure.py``, which says what each means, without the GIL.
 
-The loops that a processor's vector units make faster are in C (``kernels.h``). Everything is checked before anything is written. Where memory is reached through numbers from a buffer (the runs), each
-number is read once more and checked again right before its use: runs that change underneath give wrong bytes, never an
-access out of bounds. Words are read with memcpy, as views may start anywhere.
+The loops that a processor's vector units make faster are in C (``kernels.h``). Everything is checked before anything is
+written. Where memory is reached through numbers from a buffer (the runs), each number is read once more and checked
+again right before its use: runs that change underneath give wrong bytes, never an access out of bounds. Words are read
+with memcpy, as views may start anywhere.
 """
 
 import sys
@@ -179,7 +180,7 @@ def bitmap_runs(bitmap, bits, gap=0):
 
 cdef ask_for_large_pages(void *start, size_t size):
     """Runs of noise are larger than their bitmap, and the first touch of small pages takes longer than finding them."""
-    cdef size_t offset = -<size_t>start & 4095
+    cdef size_t offset = -<size_t>start & 0xFFFF  # No processor's small pages are larger than 64 KiB.
     madvise(<char *>start + offset, size - offset, MADV_HUGEPAGE)  # Where there are none all is as it was.
 
 

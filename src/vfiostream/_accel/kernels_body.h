@@ -215,7 +215,7 @@ static bool find_runs(Search *search)
         }
         search->length = (size_t)(out - search->out);
     }
-    search->base = base;
+    search->base = base < bits ? base : bits;
     search->before = before;
     return room && finish_runs(search);
 }
