@@ -200,3 +200,51 @@ def test_files_that_overlap(tmp_path: Path) -> None:
     low, high = file_of(tmp_path, "low", 2 * PAGE_SIZE), file_of(tmp_path, "high", PAGE_SIZE)
     with pytest.raises(UsageError, match=r"/low and .*/high overlap at 0x1000"):
         Guest.open([(PAGE_SIZE, high), (0, low)])
+
+
+# ---- pages that are there, and holes
+
+
+def held(area: GuestRange) -> int:
+    """Bytes that the file really holds."""
+    return os.fstat(area.fd).st_blocks * 512
+
+
+def test_memory_is_made_present_in_any_order() -> None:
+    with Guest([made_range(0, 8)]) as guest:
+        (area,) = guest.ranges
+        area.view[0] = 7
+        area.make_present(4 * PAGE_SIZE, PAGE_SIZE)
+        assert (held(area), area.present) == (2 * PAGE_SIZE, 0)
+        area.make_present(0, 2 * PAGE_SIZE)
+        assert (held(area), area.present) == (3 * PAGE_SIZE, 2 * PAGE_SIZE)
+        area.make_present(0, area.length)
+        assert (held(area), area.present) == (area.length, area.length)
+        assert bytes(area.view) == b"\x07" + bytes(area.length - 1)
+
+
+def test_zeros_leave_holes_and_touch_nothing_else() -> None:
+    with Guest([made_range(0, 8)]) as guest:
+        (area,) = guest.ranges
+        for page in (1, 2, 5):
+            area.view[page * PAGE_SIZE : (page + 1) * PAGE_SIZE] = b"x" * PAGE_SIZE
+        assert [area.is_hole(page * PAGE_SIZE, PAGE_SIZE) for page in range(8)] == [
+            page not in (1, 2, 5) for page in range(8)
+        ]
+        assert area.is_hole(6 * PAGE_SIZE, 2 * PAGE_SIZE)
+        assert not area.is_hole(4 * PAGE_SIZE, 2 * PAGE_SIZE)
+        area.zero(2 * PAGE_SIZE, 6 * PAGE_SIZE)
+        assert held(area) == 3 * PAGE_SIZE
+        content = os.pread(area.fd, area.length, 0)  # reading the mapping would fill the holes
+        assert content == bytes(PAGE_SIZE) + b"x" * PAGE_SIZE + bytes(6 * PAGE_SIZE)
+        area.zero(0, area.length)
+        assert held(area) == 3 * PAGE_SIZE
+        assert not any(os.pread(area.fd, area.length, 0))
+
+
+def test_a_file_on_disk_is_zeroed_too(tmp_path: Path) -> None:
+    with Guest.open([(0, file_of(tmp_path, "memory", 2 * PAGE_SIZE))]) as guest:
+        (area,) = guest.ranges
+        area.view[:] = b"x" * area.length
+        area.zero(0, PAGE_SIZE)
+        assert bytes(area.view) == bytes(PAGE_SIZE) + b"x" * PAGE_SIZE

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, strategies as st
 
+from tests.protocol_streams import SESSION, SOFTWARE, Frame, Pair, device
 from vfiostream.errors import LocalProtocolError, StreamError
 from vfiostream.protocol.framing import FLAG_SPARSE, FLAG_ZERO
 from vfiostream.protocol.limits import PAGE_SIZE
 from vfiostream.protocol.payload import Piece, pieces, shrunk
 from vfiostream.protocol.records import Capture, Config, Hello, Memory, Pages, Record, Round
-from tests.protocol_streams import SESSION, SOFTWARE, Frame, Pair, device
 
 ZERO = bytes(PAGE_SIZE)
 
@@ -91,7 +91,9 @@ def test_it_must_have_been_agreed_on() -> None:
     pair.say(Capture(1, 1, 1 << 20))
     with pytest.raises(LocalProtocolError, match="is sparse, and the ends did not agree"):
         pair.source.send(Memory(1, 0), page("a"), b"\x01", flags=FLAG_SPARSE, content_size=2 * PAGE_SIZE)
-    pair.target_refuses(sparse(Memory(1, 0), PAGE_SIZE + 1, 2 * PAGE_SIZE), match="is sparse, and the ends did not agree")
+    pair.target_refuses(
+        sparse(Memory(1, 0), PAGE_SIZE + 1, 2 * PAGE_SIZE), match="is sparse, and the ends did not agree"
+    )
 
 
 @pytest.mark.parametrize("record", [Config(1, 0, 1 << 20), Round(2), Pages(1, 0)])

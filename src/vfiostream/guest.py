@@ -104,6 +104,12 @@ class GuestRange:
                 ctypes.memset(self._start + start, 0, end - start)
             start = end
 
+    def is_hole(self, start: int, length: int) -> bool:
+        """Whether the file holds nothing for ``length`` bytes from ``start`` on, which are zeros then; they are not
+        touched. Says no where the file does not know.
+        """
+        return self._data(start, start + length)[0] == start + length
+
     def _data(self, start: int, stop: int) -> tuple[int, int]:
         """Where the file holds data first, from ``start`` to ``stop``; nothing at ``stop`` where it is all a hole."""
         try:

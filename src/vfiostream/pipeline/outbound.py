@@ -13,7 +13,6 @@ The sender and the compressors run in the source's task group.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass

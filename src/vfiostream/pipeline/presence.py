@@ -44,9 +44,7 @@ class Presence:
         until = min(area.length, pos + AHEAD)
         while asked < until:
             size = min(STEP, area.length - asked)
-            self._worker.submit(
-                partial(_make_present, area, asked, size), partial(self._reached, area, asked + size)
-            )
+            self._worker.submit(partial(_make_present, area, asked, size), partial(self._reached, area, asked + size))
             asked += size
         self._asked[area.address] = asked
 

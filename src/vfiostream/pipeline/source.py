@@ -1,7 +1,8 @@
 """The source of a migration, and the writer of a checkpoint.
 
 Tasks: the producer (devices, guest memory, policy) takes from the byte budget; the sender, in order, gives back; beside
-them threads that compress; over a link, a listener for the target's answers and a watch on its silence. They live in one task group that has ended before the commit: what follows is one straight line (``docs/switchover.md``).
+them threads that compress; over a link, a listener for the target's answers and a watch on its silence. They live in
+one task group that has ended before the commit: what follows is one straight line (``docs/switchover.md``).
 
 Whatever fails before the commit ends with the source running.
 """
@@ -337,8 +338,15 @@ class Source:
             pos = index = skip = 0
             while left:
                 await self._line.caught_up()
-                lease = await self._line.take(min(left, self._session.chunk // limits.PAGE_SIZE * limits.PAGE_SIZE))
+                size = min(left, self._session.chunk // limits.PAGE_SIZE * limits.PAGE_SIZE)
+                lease = await self._line.take(size)
                 record = Pages(stream, pos)
+                if self._round == 1 and area.is_hole(start + pos, size):
+                    skip += size // limits.PAGE_SIZE  # of the one run there is
+                    self._line.put_copied(record, lease, None)
+                    pos += size
+                    left -= size
+                    continue
                 filled, index, skip, check = _accel.gather_check(
                     memory, runs, index, skip, lease.view, limits.PAGE_SIZE, *self._session.head(record)
                 )
@@ -516,5 +524,4 @@ class Source:
         if self._session.phase in (Phase.ABORTED, Phase.DONE) or not self._line.whole:
             return ()
         told = failure.told(error, "the source was cancelled: it runs on")
-        frame = self._session.send(Abort(failure.abort_code(error), failure.reason(told), stopped=False))
-        return frame
+        return self._session.send(Abort(failure.abort_code(error), failure.reason(told), stopped=False))

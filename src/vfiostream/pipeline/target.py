@@ -49,7 +49,7 @@ from vfiostream.pipeline.presence import Presence
 from vfiostream.pipeline.progress import Downtime, Progress, Summary
 from vfiostream.pipeline.settings import Settings
 from vfiostream.pipeline.workers import Workers
-from vfiostream.protocol import framing, limits, records
+from vfiostream.protocol import limits, records
 from vfiostream.protocol.framing import Prefix
 from vfiostream.protocol.payload import Decompressor, Piece
 from vfiostream.protocol.records import (
@@ -431,9 +431,10 @@ class Target:
         """
         frame.release()
         self._spent += frame.prefix.frame_size
-        if self._transport.answers and self._spent + self._settings.budget - self._granted >= self._settings.budget // 4:
+        budget = self._settings.budget
+        if self._transport.answers and self._spent + budget - self._granted >= budget // 4:
             async with self._saying:
-                self._granted = self._spent + self._settings.budget
+                self._granted = self._spent + budget
                 await self._say(Credit(self._granted))
 
     async def _acknowledge(self, of: str) -> None:
@@ -544,8 +545,7 @@ class Target:
         return self._abort(failure.abort_code(error), told, stopped=True)
 
     def _abort(self, code: str, problem: str, *, stopped: bool) -> Sequence[Buffer]:
-        frame = self._session.send(Abort(code, failure.reason(problem), stopped))
-        return frame
+        return self._session.send(Abort(code, failure.reason(problem), stopped))
 
 
 def _whole(frame: Incoming) -> Buffer:

@@ -1,7 +1,7 @@
 """Frames: a 48-byte prefix, a msgpack header, a raw payload (``docs/format.md``, "Frame").
 
-The only module that hashes. Frames go out as buffers to be gathered, and come in as three pieces, so that a payload is
-never copied here.
+The only module that hashes, but for what is hashed while it is copied (``_accel.copy_check``). Frames go out as buffers
+to be gathered, and come in as three pieces, so that a payload is never copied here.
 """
 
 from __future__ import annotations

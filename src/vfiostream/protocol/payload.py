@@ -1,4 +1,7 @@
-"""What a payload stands for: the content itself, zeros, the pages that are none, or a zstd frame. The only module that knows zstd."""
+"""What a payload stands for: the content itself, zeros, the pages that are none, or a zstd frame.
+
+The only module that knows zstd.
+"""
 
 from __future__ import annotations
 

@@ -527,10 +527,10 @@ class SourceSession(_Session):
         bitmap: Buffer | None = None,
         check: int | None = None,
     ) -> list[Buffer]:
-        """Return the buffers of the next frame, to be sent in this order. ``payload``, in pieces, is as the flags say, of
-        ``content_size`` bytes of content (default: the payload is the content); ``bitmap`` is the content of a BITMAP;
-        ``check`` is the XXH3-64 of :meth:`head` and payload where somebody has it who copied the payload.
-        The payload stays the caller's and must not change until it is sent. Raises
+        """Return the buffers of the next frame, to be sent in this order. ``payload``, in pieces, is as the flags say,
+        of ``content_size`` bytes of content (default: the payload is the content); ``bitmap`` is the content of a
+        BITMAP; ``check`` is the XXH3-64 of :meth:`head` and payload where somebody has it who copied the payload. The
+        payload stays the caller's and must not change until it is sent. Raises
         :class:`~vfiostream.errors.LocalProtocolError` where the record must not be sent now, or exceeds the credit; the
         session is then as it was.
         """
@@ -590,7 +590,8 @@ class TargetSession(_Session):
         if self._answers and _step(record) not in _FREE:
             self.spent += prefix.frame_size
             if self.spent > self._limit:
-                raise StreamError(_name(prefix), f"exceeds the credit that was given by {self.spent - self._limit} bytes")
+                excess = self.spent - self._limit
+                raise StreamError(_name(prefix), f"exceeds the credit that was given by {excess} bytes")
         return record
 
     def send(self, record: Record) -> list[Buffer]:

@@ -155,8 +155,8 @@ class SocketTransport(Transport):
         logger.debug("%s: closed", self.address)
 
     def _wake_at(self, count: int) -> None:
-        """Do not wake a waiting reader for fewer than ``count`` bytes. The kernel wakes it all the same where the stream
-        ends or its own buffers are full (tcp_stream_is_readable in net/ipv4/tcp.c), and UNIX sockets do so always.
+        """Do not wake a waiting reader for fewer than ``count`` bytes. The kernel wakes it all the same where the
+        stream ends or its own buffers are full (tcp_stream_is_readable in net/ipv4/tcp.c); a UNIX socket always does.
         """
         if self._wakes_at not in (None, count):
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count)
