@@ -1,4 +1,4 @@
-"""The path of a byte: where it is copied, what of zeros is sent, and that it is the same bytes whichever way they go."""
+"""The path of a byte: where it is copied, what of zeros is sent, and that the same bytes arrive whichever way."""
 
 from __future__ import annotations
 

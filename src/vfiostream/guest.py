@@ -25,6 +25,9 @@ from vfiostream.errors import GuestError, UsageError
 PAGE_SIZE = 4096
 ADDRESS_SPACE = 1 << 64
 
+_STRETCH = 64 * 1024
+"""Bytes of data after which the next hole is looked for: asking a file where its data ends goes over all of it."""
+
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _MADV_POPULATE_WRITE = 23
 """madvise(2), Linux 5.14."""
@@ -98,8 +101,8 @@ class GuestRange:
         the file stays one.
         """
         stop = start + length
-        while start < stop:
-            start, end = self._data(start, stop)
+        while (start := self._first_data(start, stop)) < stop:
+            end = min(stop, start + _STRETCH)
             if not is_zero(self.view[start:end]):
                 ctypes.memset(self._start + start, 0, end - start)
             start = end
@@ -108,15 +111,14 @@ class GuestRange:
         """Whether the file holds nothing for ``length`` bytes from ``start`` on, which are zeros then; they are not
         touched. Says no where the file does not know.
         """
-        return self._data(start, start + length)[0] == start + length
+        return self._first_data(start, start + length) == start + length
 
-    def _data(self, start: int, stop: int) -> tuple[int, int]:
-        """Where the file holds data first, from ``start`` to ``stop``; nothing at ``stop`` where it is all a hole."""
+    def _first_data(self, start: int, stop: int) -> int:
+        """Where the file holds data first, from ``start`` on; ``stop`` where that is not before it."""
         try:
-            first = min(stop, os.lseek(self.fd, start, os.SEEK_DATA))
-            return first, min(stop, os.lseek(self.fd, first, os.SEEK_HOLE))
+            return min(stop, os.lseek(self.fd, start, os.SEEK_DATA))
         except OSError as error:
-            return (stop, stop) if error.errno == errno.ENXIO else (start, stop)  # else it knows nothing of holes
+            return stop if error.errno == errno.ENXIO else start  # else it knows nothing of holes
 
     def close(self) -> None:
         """Let go of the mapping and the file; may be called again."""
