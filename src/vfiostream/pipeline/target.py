@@ -1,7 +1,7 @@
 """The target of a migration, and the reader of a checkpoint.
 
 Tasks: the reader takes what comes and checks it, frame by frame; the loader, in order, gives it to devices and guest
-memory; beside them threads that decompress, and one that makes guest memory present.
+memory; beside them threads that decompress.
 
 Content is received in its place (a device's region, guest memory) if its place is known and nothing that came before is
 still with the loader; else into memory of the byte budget, which the loader gives back. So a copy is made just where it
@@ -45,7 +45,6 @@ from vfiostream.pipeline import describe, failure
 from vfiostream.pipeline.budget import Budget, largest_chunk
 from vfiostream.pipeline.ending import to_the_end
 from vfiostream.pipeline.frames import FrameReader, Incoming, part
-from vfiostream.pipeline.presence import Presence
 from vfiostream.pipeline.progress import Downtime, Progress, Summary
 from vfiostream.pipeline.settings import Settings
 from vfiostream.pipeline.workers import Workers
@@ -111,6 +110,14 @@ class _Window:
         """Bytes of the run that are still to come."""
         return (self.runs[2 * self.index + 1] - self.skip) * limits.PAGE_SIZE
 
+    def holds(self, size: int) -> bool:
+        """Whether the next ``size`` bytes go in one piece."""
+        return not self.is_done and size <= self.run_left
+
+    def is_present(self, size: int) -> bool:
+        """Whether the next ``size`` bytes can be written in our mapping without a fault for each page."""
+        return self.start + self.pos + size <= self.area.present
+
     def advance(self, size: int) -> None:
         """``size`` bytes came, not more than :attr:`run_left`."""
         self.skip += size // limits.PAGE_SIZE
@@ -150,7 +157,6 @@ class Target:
         self._budget = Budget(settings.budget, chunk)
         self._session = TargetSession(chunk=chunk, answers=transport.answers)
         self._frames = FrameReader(transport, self._session, self._budget)
-        self._present = Presence(guest.ranges)
         self._decompressors = Workers(Decompressor, DECOMPRESSORS)
         self._windows: dict[int, _Window] = {}
         self._zeros = memoryview(b"")
@@ -250,8 +256,6 @@ class Target:
             tasks.start_soon(self._read_all)
             if "zstd" in self._session.features:
                 tasks.start_soon(self._decompressors.run)
-            if self._ranges:
-                tasks.start_soon(self._present.run)
             await self._load_all()
             tasks.cancel_scope.cancel()
 
@@ -264,7 +268,7 @@ class Target:
             if head is None:
                 raise self._frames.ended()
             prefix, header = head
-            place = await self._place(prefix)
+            place = self._place(prefix)
             if place is None:
                 frame = await self._frames.leased_body(prefix, header)
                 pending = _Pending(frame)
@@ -287,9 +291,9 @@ class Target:
                     if isinstance(record, End):
                         return
 
-    async def _place(self, prefix: Prefix) -> memoryview | None:
-        """Where the payload of a frame goes if it is what is due next: with nothing before it that is not loaded, and
-        in one piece.
+    def _place(self, prefix: Prefix) -> memoryview | None:
+        """Where the payload of a frame goes if it is what is due next: with nothing before it that is not loaded, in
+        one piece, and where it can be received without a fault for each page.
         """
         if self._to_load or prefix.flags:
             return None
@@ -301,11 +305,8 @@ class Target:
             room.release()
         elif prefix.type == RecordType.PAGES and prefix.stream in self._windows:
             window = self._windows[prefix.stream]
-            if size <= window.run_left:
-                pos = window.pos
-                if self._session.rounds == 1:
-                    await self._present.wait(window.area, window.start + pos, size)
-                return window.memory[pos : pos + size]
+            if window.holds(size) and window.is_present(size):
+                return window.memory[window.pos : window.pos + size]
         return None
 
     def _take_in_place(self, pending: _Pending) -> None:
@@ -354,7 +355,7 @@ class Target:
             case Memory() as record:
                 await self._load_content(self._devices[record.stream], frame)
             case Pages() as record:
-                await self._load_pages(record, frame)
+                self._load_pages(record, frame)
             case Bitmap() as record:
                 area = self._ranges[record.stream]
                 start = record.page * limits.PAGE_SIZE
@@ -397,7 +398,7 @@ class Target:
             await device.write(self._zeros[: piece.size] if piece.data is None else piece.data)
         self._count(frame.prefix.content_size)
 
-    async def _load_pages(self, record: Pages, frame: Incoming) -> None:
+    def _load_pages(self, record: Pages, frame: Incoming) -> None:
         window = self._windows[record.stream]
         for piece in frame.pieces:
             if piece.data is None:
@@ -407,9 +408,10 @@ class Target:
                     window.area.zero(window.start + window.pos, size)
                     window.advance(size)
                     left -= size
+            elif window.holds(piece.size) and not window.is_present(piece.size):
+                window.area.write(window.start + window.pos, piece.data)
+                window.advance(piece.size)
             else:
-                if self._session.rounds == 1:
-                    await self._present.wait(window.area, window.start + window.pos, piece.size)
                 window.index, window.skip = _accel.scatter(
                     window.memory, window.runs, window.index, window.skip, piece.data, limits.PAGE_SIZE
                 )

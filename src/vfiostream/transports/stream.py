@@ -37,7 +37,7 @@ KEEPALIVE_INTERVAL = 5
 KEEPALIVE_COUNT = 4
 """Unanswered questions after which the connection counts as lost: 30 seconds in all."""
 
-WAKE_AT = 1048576
+WAKE_AT = 1024 * 1024
 """Bytes that a reader sleeps for at most where it needs so many: a wake-up costs as much as copying 100 KiB, and the
 sender goes on meanwhile.
 """
