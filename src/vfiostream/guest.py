@@ -83,9 +83,9 @@ class GuestRange:
         return self.length // PAGE_SIZE
 
     def make_present(self) -> None:
-        """Have all of the range ready to be written through our mapping: allocated, and in our page tables. Worth it for
-        who has the time before a migration, as a target then receives straight into it; holds the calling thread (0.25
-        to 1 s for each GiB), not the interpreter. Does nothing on kernels before Linux 5.14. Raises
+        """Have all of the range ready to be written through our mapping: allocated, and in our page tables. Worth it
+        for who has the time before a migration, as a target then receives straight into it; holds the calling thread
+        (0.25 to 1 s for each GiB), not the interpreter. Does nothing on kernels before Linux 5.14. Raises
         :class:`~vfiostream.errors.GuestError` where there is no memory left: touching it would kill this process.
         """
         if _LIBC.madvise(ctypes.c_void_p(self._start), ctypes.c_size_t(self.length), _MADV_POPULATE_WRITE) == 0:
