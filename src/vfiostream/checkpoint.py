@@ -185,7 +185,10 @@ def _walk(fd: int) -> Contents:
     offset, last = 0, RecordType.HELLO
     while offset + framing.PREFIX_SIZE <= size:
         raw = os.pread(fd, framing.PREFIX_SIZE, offset)
-        prefix = framing.parse_prefix(raw, seed if frames else 0, f"record {frames + 1}")
+        try:
+            prefix = framing.parse_prefix(raw, seed if frames else 0)
+        except ValueError as error:
+            raise StreamError(f"record {frames + 1}", str(error)) from error
         if not records.is_known(prefix.type) or offset + prefix.frame_size > size:
             break
         last = RecordType(prefix.type)

@@ -96,12 +96,11 @@ class FrameReader:
         checked on its own, the header with the body. Raises :class:`~vfiostream.errors.StreamError` for a frame that
         must not be believed, and the transport's errors.
         """
-        where = self._session.next_record
         while self._end - self._start < framing.PREFIX_SIZE:
             if not await self._receive_ahead():
                 if self._start == self._end:
                     return None
-                raise self._short(where, self._end - self._start, framing.PREFIX_SIZE)
+                raise self._short(self._session.next_record, self._end - self._start, framing.PREFIX_SIZE)
         prefix = self._session.parse(self._take(framing.PREFIX_SIZE))
         header = memoryview(bytearray(prefix.header_size))
         await self._fill(header, prefix)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import xxhash
 
 from vfiostream.buffers import Buffer
-from vfiostream.errors import StreamError
 from vfiostream.protocol import limits
 
 MAGIC = b"VFS\xf1"
@@ -29,8 +28,7 @@ PREFIX_SIZE = _PREFIX.size
 _CHECKED = PREFIX_SIZE - _CHECK.size
 
 
-@dataclass(frozen=True, slots=True)
-class Prefix:
+class Prefix(NamedTuple):
     """The fixed part of a frame, believed as far as it can be on its own."""
 
     type: int
@@ -88,25 +86,24 @@ def session_seed(session: bytes) -> int:
     return int.from_bytes(session[:8], "little")
 
 
-def parse_prefix(data: Buffer, seed: int, where: str) -> Prefix:
-    """Check the first :data:`PREFIX_SIZE` bytes of a frame in the order the format gives, up to the limits; ``where``
-    names the frame in the :class:`~vfiostream.errors.StreamError` that is raised for anything wrong.
+def parse_prefix(data: Buffer, seed: int) -> Prefix:
+    """Check the first :data:`PREFIX_SIZE` bytes of a frame in the order the format gives, up to the limits. Raises
+    ValueError for anything wrong.
     """
     magic, version, type_, flags, stream, header_size, sequence, payload_size, content_size, body_check, check = (
         _PREFIX.unpack(data)
     )
     if magic != MAGIC:
-        raise StreamError(where, "does not start with the magic number: this is no vfiostream stream, or it is damaged")
+        raise ValueError("does not start with the magic number: this is no vfiostream stream, or it is damaged")
     if version != VERSION:
-        raise StreamError(where, f"is of format {version}, this side speaks format {VERSION}")
+        raise ValueError(f"is of format {version}, this side speaks format {VERSION}")
     if check != xxhash.xxh3_64_intdigest(memoryview(data)[:_CHECKED], seed):
-        raise StreamError(where, "has a prefix that does not match its check value, or is of another session")
+        raise ValueError("has a prefix that does not match its check value, or is of another session")
     if header_size > limits.MAX_HELLO:
-        raise StreamError(where, f"has a header of {header_size} bytes (the limit is {limits.MAX_HELLO})")
+        raise ValueError(f"has a header of {header_size} bytes (the limit is {limits.MAX_HELLO})")
     if payload_size > limits.MAX_CONTENT or content_size > limits.MAX_CONTENT:
-        raise StreamError(
-            where,
-            f"has {payload_size} bytes of payload for {content_size} of content (the limit is {limits.MAX_CONTENT})",
+        raise ValueError(
+            f"has {payload_size} bytes of payload for {content_size} of content (the limit is {limits.MAX_CONTENT})"
         )
     if flags == 0:
         sound = payload_size == content_size
@@ -118,9 +115,7 @@ def parse_prefix(data: Buffer, seed: int, where: str) -> Prefix:
         kept = payload_size - sparse_bitmap_size(content_size)
         sound = 0 < kept < content_size and kept % limits.PAGE_SIZE == content_size % limits.PAGE_SIZE == 0
     else:
-        raise StreamError(where, f"has unknown flags {flags:#04x}")
+        raise ValueError(f"has unknown flags {flags:#04x}")
     if not sound:
-        raise StreamError(
-            where, f"has {payload_size} bytes of payload for {content_size} of content with flags {flags}"
-        )
+        raise ValueError(f"has {payload_size} bytes of payload for {content_size} of content with flags {flags}")
     return Prefix(type_, flags, stream, header_size, sequence, payload_size, content_size, body_check)

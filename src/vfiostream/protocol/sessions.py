@@ -378,7 +378,10 @@ class _Session:
         """Check the first 48 bytes of the next frame from the peer, before header and payload are read. Raises
         :class:`~vfiostream.errors.StreamError`.
         """
-        parsed = framing.parse_prefix(prefix, self._seed if self._received else 0, self.next_record)
+        try:
+            parsed = framing.parse_prefix(prefix, self._seed if self._received else 0)
+        except ValueError as error:
+            raise StreamError(self.next_record, str(error)) from error
         try:
             if parsed.sequence != self._received + 1:
                 raise ValueError(f"is out of order: record {self._received + 1} should come here")
