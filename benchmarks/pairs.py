@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 Result = TypeVar("Result")
+Name = TypeVar("Name")  # of a contestant
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +69,13 @@ def spread(values: Iterable[float]) -> Spread:
 
 
 def in_turn(
-    contestants: Mapping[str, Callable[[], Result]], count: int, *, warm_up: bool = True
-) -> list[dict[str, Result]]:
+    contestants: Mapping[Name, Callable[[], Result]], count: int, *, warm_up: bool = True
+) -> list[dict[Name, Result]]:
     """Run every contestant ``count`` times, each round in the opposite order of the one before. With ``warm_up`` they
     run once more, before, and that is forgotten. Returns the rounds; what a contestant raises ends it all.
     """
     names = list(contestants)
-    rounds: list[dict[str, Result]] = []
+    rounds: list[dict[Name, Result]] = []
     for number in range(-1 if warm_up else 0, count):
         order = names if number % 2 == 0 else names[::-1]
         results = {name: contestants[name]() for name in order}
@@ -83,6 +84,6 @@ def in_turn(
     return rounds
 
 
-def column(rounds: Sequence[Mapping[str, Result]], name: str) -> list[Result]:
+def column(rounds: Sequence[Mapping[Name, Result]], name: Name) -> list[Result]:
     """The results of one contestant, in the order of the rounds."""
     return [results[name] for results in rounds]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+from benchmarks.pairs import Name, Result, in_turn
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -41,9 +42,9 @@ class Plan:
         """As little as shows that everything runs; what it measures means nothing."""
         return cls(quick=True, pairs=2, size=128 * MIB, sizes=(64 * MIB, 128 * MIB))
 
-    def shuffled(self) -> random.Random:
-        """The same order of sides in every run of the same plan."""
-        return random.Random(self.pairs)
+    def rounds(self, contestants: Mapping[Name, Callable[[], Result]]) -> list[dict[Name, Result]]:
+        """Run ``contestants`` in turn, as often as planned."""
+        return in_turn(contestants, self.pairs, warm_up=not self.quick)
 
     @contextmanager
     def folder(self, *, on_disk: bool = False) -> Iterator[Path]:

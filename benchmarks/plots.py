@@ -1,0 +1,137 @@
+"""The plots of ``docs/performance.md``: SVG on white, so that they can be read on any page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pygal
+from pygal.style import Style
+
+from benchmarks.row import Row
+
+INK = "#1f2328"
+REACHED, MISSED = "#2f7d4f", "#b5482f"
+OURS, THEIRS = "#2f6690", "#8a8f98"
+
+
+def draw(rows: Sequence[Row], folder: Path) -> Mapping[str, Path]:
+    """Draw what ``rows`` have into ``folder``; returns titles and files, in the order in which they are shown."""
+    folder.mkdir(parents=True, exist_ok=True)
+    charts = {
+        "What was reached, by what must be": ("reached.svg", _reached([row for row in rows if row.must is not None])),
+        "CPU seconds per GB": ("cpu.svg", _cpu([row for row in rows if row.unit == "CPU s/GB" and row.must == 1.4])),
+        "Throughput against size": ("size.svg", _size([row for row in rows if row.plot == "size"])),
+    }
+    drawn: dict[str, Path] = {}
+    for title, (name, chart) in charts.items():
+        if chart is not None:
+            (folder / name).write_text(chart.render(is_unicode=True) + "\n")
+            drawn[title] = folder / name
+    return drawn
+
+
+def score(row: Row) -> float:
+    """How much of what it must reach a row reached: 1 is all of it, whichever way the row goes."""
+    assert row.must is not None
+    median = row.spread.median
+    if row.sense == "least":
+        return median / row.must
+    if row.sense == "most":
+        return row.must / max(median, row.must / _HIGHEST)
+    return 1.0 if row.verdict == "reached" else (1 + row.must) / max(median, 1 / median)
+
+
+_HIGHEST = 5.0
+"""Beyond it a bar says nothing more, and makes the others short."""
+
+
+def _style(*colours: str) -> Style:
+    return Style(
+        background="white",
+        plot_background="white",
+        foreground=INK,
+        foreground_strong=INK,
+        foreground_subtle="#c9ced6",
+        colors=colours,
+        font_family="sans-serif",
+        label_font_size=12,
+        major_label_font_size=12,
+        value_font_size=12,
+        title_font_size=15,
+        legend_font_size=12,
+        opacity=1,
+        opacity_hover=1,
+        value_colors=(INK,) * len(colours),
+    )
+
+
+def _options(**more: Any) -> dict[str, Any]:
+    # Nothing that runs, and no names that differ from run to run.
+    return {"js": (), "no_prefix": True, "print_values": True, "truncate_label": -1, "truncate_legend": -1, **more}
+
+
+def _reached(rows: Sequence[Row]) -> pygal.HorizontalBar | None:
+    if not rows:
+        return None
+    chart = pygal.HorizontalBar(
+        style=_style(REACHED, MISSED),
+        x_title="median by what must be reached: 1 is what must be reached, more is better",
+        x_labels=[],
+        width=1100,
+        height=80 + 26 * len(rows),
+        range=(0, _HIGHEST),
+        legend_at_bottom=True,
+        formatter=lambda value: "" if value is None else f"{value:.2f}",
+        y_labels=[0, 1, 2, 3, 4, 5],
+        **_options(),
+    )
+    ordered = list(rows)[::-1]  # they are drawn from the bottom
+    chart.x_labels = [f"{row.path} / {row.against}" if row.against else row.path for row in ordered]
+    chart.add("reached", [min(score(row), _HIGHEST) if row.verdict == "reached" else None for row in ordered])
+    chart.add("not reached", [score(row) if row.verdict != "reached" else None for row in ordered])
+    return chart
+
+
+def _cpu(rows: Sequence[Row]) -> pygal.Bar | None:
+    if not rows:
+        return None
+    chart = pygal.HorizontalBar(
+        style=_style(OURS, THEIRS),
+        x_title="CPU seconds per GB, one side; less is better",
+        width=1100,
+        height=110 + 44 * len(rows),
+        range=(0, 1.1 * max(max(row.ours + row.theirs) for row in rows)),
+        legend_at_bottom=True,
+        formatter=lambda value: f"{value:.3f}",
+        **_options(),
+    )
+    ordered = list(rows)[::-1]
+    chart.x_labels = [row.path.removeprefix("CPU of the ") for row in ordered]
+    chart.add("vfiostream, all checks on", [_median(row.ours) for row in ordered])
+    chart.add("C, no checks", [_median(row.theirs) for row in ordered])
+    return chart
+
+
+def _size(rows: Sequence[Row]) -> pygal.Bar | None:
+    if not rows:
+        return None
+    chart = pygal.Bar(
+        style=_style(OURS),
+        x_title="guest memory, MiB",
+        y_title="GB/s",
+        width=800,
+        height=420,
+        range=(0, 1.15 * max(row.spread.median for row in rows)),
+        show_legend=False,
+        formatter=lambda value: f"{value:.2f}",
+        **_options(),
+    )
+    chart.x_labels = [f"{row.at:g}" for row in rows]
+    chart.add("vfiostream", [row.spread.median for row in rows])
+    return chart
+
+
+def _median(values: Sequence[float]) -> float:
+    return sorted(values)[len(values) // 2]
