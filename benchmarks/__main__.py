@@ -41,10 +41,11 @@ def main() -> int:
         plan.size,
         machine.describe(),
     )
+    folder = BUILD / "quick" if plan.quick else FOLDER
     for name in options.groups or GROUPS:
         result.groups[name] = _run(name, plan, options.only)
-    folder = BUILD / "quick" if plan.quick else FOLDER
-    print(f"\nkept in {result.write(folder)}")
+        kept = result.write(folder)  # after each, so that what has been measured is not lost
+    print(f"\nkept in {kept}")
     if not options.only:
         # A smoke run leaves the page of the repository alone.
         _render(folder, BUILD / "quick" / "performance.md" if plan.quick else page.PAGE)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from benchmarks.contents import Content, write
 from benchmarks.moving import End, move
-from benchmarks.pairs import Run, column, in_turn, spread
+from benchmarks.pairs import Run, column, in_turn
 from benchmarks.peers import zstd_size, zstd_through_socat
 from benchmarks.plan import Plan
 from benchmarks.row import Row, compare

@@ -34,7 +34,9 @@ def libraries(folder: Path = LIBRARIES) -> Iterator[bytes]:
     """The shared libraries of this machine, in the order of their names; over and over."""
     files = sorted(path for path in folder.rglob("*.so*") if path.is_file() and not path.is_symlink())
     if sum(path.stat().st_size for path in files) < MIN_LIBRARIES:
-        raise CannotRun(f"{folder} has less than {MIN_LIBRARIES >> 20} MiB of shared libraries: install qemu-system-x86")
+        raise CannotRun(
+            f"{folder} has less than {MIN_LIBRARIES >> 20} MiB of shared libraries: install qemu-system-x86"
+        )
     while True:
         for path in files:
             yield path.read_bytes()

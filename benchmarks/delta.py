@@ -1,12 +1,13 @@
-"""Whether pages that are sent again should go as a delta: zstd with their old content as prefix. A prototype, in memory.
+"""Whether pages that are sent again should go as a delta: zstd with their old content as prefix. A prototype.
 
-Pages of library-like content changed in 8 bytes each, in a tenth of their bytes, or wholly. They go in chunks of 1 MiB of
-gathered pages, or page by page, and through two ways into zstd: ``python-zstandard``, which knows dictionaries of raw content
-and makes a compressor for each, and ``libzstd`` itself, whose ZSTD_CCtx_refPrefix needs neither. Level 1 has a hash table
-for 16 Ki positions: of a chunk's old content nothing is left in it when the new comes, so it is given one of 128 Ki.
+Pages of library-like content changed in 8 bytes each, in a tenth of their bytes, or wholly. They go in chunks of 1 MiB
+of gathered pages, or page by page, and through two ways into zstd: ``python-zstandard``, which knows dictionaries of
+raw content and makes a compressor for each, and ``libzstd`` itself, whose ZSTD_CCtx_refPrefix needs neither. Level 1
+has a hash table for 16 Ki positions, where nothing is left of a chunk's old content when the new comes: deltas are
+given one of 128 Ki.
 
-What a delta needs beside that is not in the figures: the source has to keep what the target has, another copy of all the
-memory that may be sent so, and to copy into it what it sends.
+What a delta needs beside that is not in the figures: the source has to keep what the target has, another copy of all
+the memory that may be sent so, and to copy into it what it sends.
 """
 
 from __future__ import annotations
@@ -84,9 +85,7 @@ def changed(old: bytes, change: str, fresh: bytes, source: random.Random) -> byt
 
 
 def table(plan: Plan) -> Iterator[dict[str, Any]]:
-    """One line for each change, size of piece and way into zstd. What they are compared with is level 1 in chunks, by the
-    same way.
-    """
+    """One line for each change, size of piece and way into zstd, and beside it level 1 in chunks by the same way."""
     content = CONTENT // 8 if plan.quick else CONTENT
     stream = b"".join(_first(libraries(), 2 * content))
     old, fresh = stream[:content], stream[content : 2 * content]
@@ -94,8 +93,10 @@ def table(plan: Plan) -> Iterator[dict[str, Any]]:
     ways: dict[str, Way] = {"libzstd": _Library(), "python-zstandard": _Package()}
     for change in CHANGES:
         new = changed(old, change, fresh, random.Random(change))
-        pieces = {name: [(old[at : at + size], new[at : at + size]) for at in range(0, content, size)]
-                  for name, size in PIECES.items()}
+        pieces = {
+            name: [(old[at : at + size], new[at : at + size]) for at in range(0, content, size)]
+            for name, size in PIECES.items()
+        }
         contestants = {
             (way, piece, delta): partial(_cost, ways[way], pieces[piece], delta)
             for way in ways

@@ -1,10 +1,11 @@
-"""One side of ours, a process of its own: ``python -m benchmarks.end JSON``, where JSON is an :class:`benchmarks.moving.End`.
+"""One side of ours, a process of its own: ``python -m benchmarks.end JSON``, where JSON is a ``moving.End``.
 
-It makes its device and its memory, says that it is ready, and moves when it is told to. The clock runs around `send`,
-`receive`, `save` or `restore` alone, for the wall (CLOCK_MONOTONIC, which all processes of a machine share) and for this
-process's CPU time: making memory, starting the interpreter and comparing what arrived are not in it.
+It makes its device and its memory, says that it is ready, and moves when it is told to. The clock runs around ``send``,
+``receive``, ``save`` or ``restore`` alone, for the wall (CLOCK_MONOTONIC, which all processes of a machine share) and
+for this process's CPU time: making memory, starting the interpreter and comparing what arrived are not in it.
 
-Lines of JSON on its output: ``{"address": ...}`` when it is ready, then what it measured. One line on its input: the address.
+Lines of JSON on its output: ``{"address": ...}`` when it is ready, then what it measured. One line on its input: the
+address it sends or saves to, or restores from.
 """
 
 from __future__ import annotations
@@ -143,9 +144,7 @@ async def take(end: End, device: Device, guest: LastRound, settings: vfiostream.
         say({"address": listener.address})
         async with await listener.accept() as transport:
             began, cpu = monotonic(), process_time()
-            return measured(
-                await vfiostream.receive(device, transport, guest=guest, settings=settings), began, cpu
-            )
+            return measured(await vfiostream.receive(device, transport, guest=guest, settings=settings), began, cpu)
 
 
 def measured(summary: vfiostream.Summary, began: float, cpu: float) -> dict[str, Any]:
@@ -172,7 +171,8 @@ def digest(guest: vfiostream.Guest, reference: ReferenceDevice | None) -> str:
 
 
 async def told() -> str:
-    return (await anyio.to_thread.run_sync(sys.stdin.readline)).strip()
+    line: str = await anyio.to_thread.run_sync(sys.stdin.readline)
+    return line.strip()
 
 
 def say(message: dict[str, Any]) -> None:

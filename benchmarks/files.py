@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.contents import write
 from benchmarks.moving import End, store
-from benchmarks.pairs import Run, in_turn
+from benchmarks.pairs import Run
 from benchmarks.peers import program, timed
 from benchmarks.plan import Plan
 from benchmarks.row import Row, compare
@@ -35,9 +35,7 @@ def save_durable(plan: Plan) -> Iterator[Row]:
         write(content, "random", plan.size)
         words = ["dd", f"if={content}", f"of={copy}", "bs=1M", "conv=fsync"]
         rounds = plan.rounds(
-            {"ours": lambda: _save(plan, content, file), "dd conv=fsync": lambda: _removing(copy, words, plan.size)},
-            plan.pairs,
-            warm_up=not plan.quick,
+            {"ours": lambda: _save(plan, content, file), "dd conv=fsync": lambda: _removing(copy, words, plan.size)}
         )
     yield compare(rounds, "ours", "dd conv=fsync", path="save, durable", must=1.5, note="from /dev/shm to a disk")
 
@@ -53,7 +51,7 @@ def restore_from_page_cache(plan: Plan) -> Iterator[Row]:
         for populated in (target, copy):
             write(populated, "random", plan.size)
         _save(plan, content, file, keep=True)
-        rounds = in_turn(
+        rounds = plan.rounds(
             {
                 "ours": lambda: _restore(plan, file, target),
                 blocks: lambda: timed(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import mmap
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from time import perf_counter
 
+from benchmarks.contents import fill_random
 from benchmarks.pairs import Run, in_turn
 from benchmarks.plan import MIB, CannotRun, Plan
 from benchmarks.row import Row, compare
@@ -27,7 +29,7 @@ def bitmaps(plan: Plan) -> Iterator[Row]:
     size = BITMAP // 8 if plan.quick else BITMAP
     bits = size * 8
     source = _memory(size)
-    source[:] = random.Random(0).randbytes(size)
+    fill_random(source, seed=0)
     destination = _memory(size)
     kinds: tuple[tuple[str, float, memoryview], ...] = (
         ("0.001 % of the pages", 1.0, scattered(bits, 0.00001)),
@@ -37,8 +39,8 @@ def bitmaps(plan: Plan) -> Iterator[Row]:
     for name, must, bitmap in kinds:
         rounds = in_turn(
             {
-                "ours": lambda bitmap=bitmap: _timed(size, lambda: _accel.bitmap_runs(bitmap, bits)),
-                "memcpy": lambda: _timed(size, lambda: _accel.copy(destination, source)),
+                "ours": partial(_timed, size, partial(_accel.bitmap_runs, bitmap, bits)),
+                "memcpy": partial(_timed, size, partial(_accel.copy, destination, source)),
             },
             plan.pairs * ROUNDS_PER_PAIR,
         )
@@ -49,7 +51,7 @@ def fused_copy(plan: Plan) -> Iterator[Row]:
     """In calls of a chunk each, as the pipeline makes them; memcpy in the same calls."""
     _check_native()
     source, destination = _memory(COPY), _memory(COPY)
-    source[:] = random.Random(0).randbytes(COPY)
+    fill_random(source, seed=0)
     chunks = [slice(at, at + plan.chunk) for at in range(0, COPY, plan.chunk)]
     sources, destinations = ([memory[chunk] for chunk in chunks] for memory in (source, destination))
     head = bytes(40)

@@ -18,6 +18,8 @@ from benchmarks.plan import MIB, CannotRun
 Does = Literal["send", "receive", "save", "restore"]
 Backend = Literal["asyncio", "uvloop", "trio"]
 ROOT = Path(__file__).resolve().parent.parent
+TIME_LIMIT = 300.0
+"""Seconds that a process of ours may live: one that hangs is killed, and its row fails."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +113,12 @@ def _process(end: End) -> AbstractContextManager[subprocess.Popen[str]]:
 @contextmanager
 def _running(words: list[str]) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    limit = threading.Timer(TIME_LIMIT, process.kill)
+    limit.start()
     try:
         yield process
     finally:
+        limit.cancel()
         process.terminate()
         process.communicate()
 
@@ -122,7 +127,7 @@ def _line(process: subprocess.Popen[str], end: End) -> dict[str, Any]:
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line:
-        raise CannotRun(f"the side that was to {end.does} failed, and said above why: {end}")
+        raise CannotRun(f"the side that was to {end.does} with {end.settings} failed, and said above why")
     message: dict[str, Any] = json.loads(line)
     return message
 

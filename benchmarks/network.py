@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import anyio
@@ -11,7 +11,7 @@ from benchmarks import qemu
 from benchmarks.acceptance import bar0
 from benchmarks.contents import write
 from benchmarks.moving import Backend, End, move, reference_device
-from benchmarks.pairs import Run, in_turn
+from benchmarks.pairs import Run
 from benchmarks.peers import iperf, limit
 from benchmarks.plan import MIB, CannotRun, Plan
 from benchmarks.row import Row, compare, processor_time
@@ -24,18 +24,19 @@ def device_to_device(plan: Plan) -> Iterator[Row]:
     """In a region that fits the cache of the last level, and in one that fits that before it."""
     for region in REGIONS:
         path = f"TCP, device to device, regions of {region // MIB} MiB"
+        device = End("send", memory=plan.size, region=region, settings={"chunk": plan.chunk})
         rounds = plan.rounds(
             {
-                "ours": lambda region=region: move(
-                    End("send", memory=plan.size, region=region, settings={"chunk": plan.chunk})
-                ).run,
-                "C, device to device": lambda region=region: limit(
-                    "device", "tcp", plan.size, chunk=plan.chunk, region=region
-                ),
+                "ours": partial(_ours, device),
+                "C, device to device": partial(limit, "device", "tcp", plan.size, chunk=plan.chunk, region=region),
             }
         )
         yield compare(rounds, "ours", "C, device to device", path=path, must=0.9)
         yield from processor_time(rounds, "ours", "C, device to device", path=path, must=1.4)
+
+
+def _ours(source: End, target: End | None = None) -> Run:
+    return move(source, target).run
 
 
 def guest_memory(plan: Plan) -> Iterator[Row]:
@@ -51,9 +52,7 @@ def guest_memory(plan: Plan) -> Iterator[Row]:
 
 
 def guest_only(plan: Plan, backend: Backend = "asyncio", address: str = "tcp:127.0.0.1:0") -> Run:
-    return move(
-        End("send", address=address, backend=backend, guest=plan.size, settings={"chunk": plan.chunk})
-    ).run
+    return move(End("send", address=address, backend=backend, guest=plan.size, settings={"chunk": plan.chunk})).run
 
 
 def against_qemu(plan: Plan) -> Iterator[Row]:
@@ -66,7 +65,7 @@ def against_qemu(plan: Plan) -> Iterator[Row]:
         taking = End("receive", guest=plan.size, file=str(target))
         rounds = plan.rounds(
             {
-                "ours": lambda: move(source, taking).run,
+                "ours": lambda: _ours(source, taking),
                 "QEMU, two multifd channels": lambda: qemu.migrate(content, target, plan.size, folder),
             }
         )
@@ -78,10 +77,8 @@ def fresh_target(plan: Plan) -> Iterator[Row]:
     taking = End("receive", guest=plan.size, populated=False)
     rounds = plan.rounds(
         {
-            "ours": lambda: move(source, taking).run,
-            "C, which does not populate": lambda: limit(
-                "region", "tcp", plan.size, chunk=plan.chunk, populated=False
-            ),
+            "ours": lambda: _ours(source, taking),
+            "C, which does not populate": lambda: limit("region", "tcp", plan.size, chunk=plan.chunk, populated=False),
         }
     )
     yield compare(
@@ -100,7 +97,7 @@ def unix_socket(plan: Plan) -> Iterator[Row]:
         device = End("send", address=address, memory=plan.size, region=region, settings={"chunk": plan.chunk})
         rounds = plan.rounds(
             {
-                "ours": lambda: move(device).run,
+                "ours": lambda: _ours(device),
                 "C, device to device": lambda: limit("device", "unix", plan.size, chunk=plan.chunk, region=region),
             }
         )
@@ -115,7 +112,7 @@ def unix_socket(plan: Plan) -> Iterator[Row]:
 
 
 def event_loops(plan: Plan) -> Iterator[Row]:
-    contestants = {backend: partial(guest_only, plan, backend) for backend in BACKENDS}
+    contestants: dict[str, Callable[[], Run]] = {backend: partial(guest_only, plan, backend) for backend in BACKENDS}
     rounds = plan.rounds(contestants)
     for ours, theirs in (("uvloop", "asyncio"), ("trio", "asyncio"), ("trio", "uvloop")):
         yield compare(
@@ -159,11 +156,7 @@ def served(plan: Plan, *options: str) -> Run:
 
 
 def iperf3(plan: Plan) -> Iterator[Row]:
-    rounds = in_turn(
-        {"ours": lambda: guest_only(plan), "iperf3, one stream": lambda: iperf(plan.size)},
-        plan.pairs,
-        warm_up=not plan.quick,
-    )
+    rounds = plan.rounds({"ours": lambda: guest_only(plan), "iperf3, one stream": lambda: iperf(plan.size)})
     yield compare(
         rounds,
         "ours",

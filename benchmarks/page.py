@@ -1,4 +1,4 @@
-"""Renders what is kept in ``benchmarks/results`` into ``docs/performance.md``, between two marks: table, plots, machine."""
+"""Renders what is kept in ``benchmarks/results`` between two marks of ``docs/performance.md``."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def render(newest: Mapping[str, Result], plots: Mapping[str, str]) -> str:
 
 def _source(result: Result) -> str:
     return (
-        f"Commit {result.commit}, {result.when[:10]} {result.when[11:16]} UTC, `{result.command}`: {result.pairs} pairs "
-        f"of {result.size / 2**30:.3g} GiB where the row says nothing else."
+        f"Commit {result.commit}, {result.when[:10]} {result.when[11:16]} UTC, `{result.command}`: {result.pairs} "
+        f"pairs of {result.size / 2**30:.3g} GiB where the row says nothing else."
     )
 
 

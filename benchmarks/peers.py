@@ -148,7 +148,9 @@ def zstd_size(content: Path) -> int:
     words = [program("zstd"), "-q", "-1", "-T2", "-c", str(content)]
     with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
-        size = sum(len(block) for block in iter(lambda: process.stdout.read(MIB), b""))
+        size = 0
+        while block := process.stdout.read(MIB):
+            size += len(block)
     if process.returncode:
         raise CannotRun(f"`{shlex.join(words)}` ended with {process.returncode}")
     return size

@@ -1,23 +1,23 @@
 """QEMU moving a guest's RAM to another QEMU, over TCP: what a VMM does without us.
 
 Two processes without a guest's operating system and stopped from the start; their RAM is a file in memory each, the
-target's preallocated. The time is from the source's word that the migration is active (the connections are made then) to
-the target's word that it is complete, both of them stamped by QEMU: asking costs nothing, and neither our commands nor
+target's preallocated. The time is from the source's word that the migration is active (the connections are made
+then) to the target's word that it is complete, both stamped by QEMU: asking costs nothing, and neither our commands nor
 what QEMU sets up beforehand is in it.
 """
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import anyio
 from qemu.qmp import EventListener, ExecuteError, QMPClient, QMPError
 
-from benchmarks.peers import free_port, program
 from benchmarks.pairs import Run
+from benchmarks.peers import free_port, program
 from benchmarks.plan import CannotRun
 
 CHANNELS = 2
@@ -65,9 +65,9 @@ async def _measure(source: QMPClient, destination: QMPClient) -> float:
 async def _reached(events: EventListener, status: str) -> float:
     """When a migration had come to ``status``, in seconds of the machine's clock."""
     async for event in events:
-        seen = event["data"]["status"]
+        data, stamp = (cast("dict[str, Any]", event[part]) for part in ("data", "timestamp"))
+        seen = data["status"]
         if seen == status:
-            stamp = event["timestamp"]
             return float(stamp["seconds"]) + float(stamp["microseconds"]) / 1e6
         if seen in ("failed", "cancelled"):
             break
@@ -83,11 +83,11 @@ async def _machine(memory: Path, size: int, socket: Path, *options: str) -> Asyn
     client = QMPClient(memory.name)
     await client.start_server(str(socket))
     words = [program("qemu-system-x86_64"), *machine, *quiet, "-qmp", f"unix:{socket}", *options]
-    process = subprocess.Popen(words)
+    process = await anyio.open_process(words, stdin=None, stdout=None, stderr=None)
     try:
         await client.accept()
         yield client
     finally:
         await client.disconnect()
         process.kill()
-        process.wait()
+        await process.wait()

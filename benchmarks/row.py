@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from benchmarks.pairs import Run, Spread, column, spread
@@ -62,10 +62,10 @@ class Row:
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Row:
         """A row as :meth:`as_json` gave it."""
-        known = {entry.name for entry in fields(cls)}
-        return cls(**{
-            name: tuple(value) if isinstance(value, list) else value for name, value in stored.items() if name in known
-        })
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()
+        }
+        return cls(**values)
 
 
 def compare(

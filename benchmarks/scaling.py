@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from benchmarks.moving import End, move
-from benchmarks.pairs import Run, column, in_turn
+from benchmarks.pairs import Run, column
 from benchmarks.plan import MIB, Plan
 from benchmarks.row import Row, compare
-
 
 Measure = Callable[[Run], float]
 

@@ -57,7 +57,9 @@ def overlap(plan: Plan) -> Iterator[Row]:
     )
     slow = tuple(column(rounds, "slow driver"))
     # What it would be if nothing moved while the driver takes its time.
-    apart = tuple(plan.size / (plan.size / speed + chunk_time * chunks * 1e9) for speed in column(rounds, "quick driver"))
+    apart = tuple(
+        plan.size / (plan.size / speed + chunk_time * chunks * 1e9) for speed in column(rounds, "quick driver")
+    )
     yield Row(
         "a driver that takes its time for each chunk, devices in processes of their own",
         "the driver's time, then the move",
