@@ -41,13 +41,13 @@ def main() -> int:
         plan.size,
         machine.describe(),
     )
-    folder = BUILD / "quick" if plan.quick else FOLDER
+    # What is not whole, or not measured for long enough, is kept from the page of the repository.
+    folder = BUILD / "only" if options.only else BUILD / "quick" if plan.quick else FOLDER
     for name in options.groups or GROUPS:
         result.groups[name] = _run(name, plan, options.only)
         kept = result.write(folder)  # after each, so that what has been measured is not lost
     print(f"\nkept in {kept}")
     if not options.only:
-        # A smoke run leaves the page of the repository alone.
         _render(folder, BUILD / "quick" / "performance.md" if plan.quick else page.PAGE)
     return 1 if result.failed else 0
 

@@ -41,10 +41,10 @@ def save_durable(plan: Plan) -> Iterator[Row]:
 
 
 def restore_from_page_cache(plan: Plan) -> Iterator[Row]:
-    """``cp`` onto a file frees the file's pages first and so does not copy into a populated one. What it does when it
-    copies is done by ``dd`` with cp's own blocks of 128 KiB, and without the truncation; ``cp`` itself is shown too.
+    """``cp`` onto a file frees the file's pages first and so can't copy into a populated one. What it does then is done
+    by ``dd`` in cp's own blocks, without the truncation; ``cp`` itself is shown too.
     """
-    blocks = "cp's copy into populated pages (dd bs=128K conv=notrunc)"
+    blocks = "cp's copy, without freeing pages"
     with plan.folder() as folder:
         content, file, target, copy = (folder / name for name in ("content", "checkpoint", "target", "copy"))
         write(content, "random", plan.size)
@@ -61,8 +61,10 @@ def restore_from_page_cache(plan: Plan) -> Iterator[Row]:
             }
         )
     path = "restore from page cache into a populated mapping"
-    yield compare(rounds, "ours", blocks, path=path, must=1.0)
-    yield compare(rounds, "ours", "cp onto a file", path=path, must=None, note="frees the pages and takes new ones")
+    yield compare(
+        rounds, "ours", blocks, path=path, must=1.0, note="dd bs=128K conv=notrunc: cp itself frees the pages first"
+    )
+    yield compare(rounds, "ours", "cp onto a file", path=path, must=None, note="cp itself")
 
 
 def _save(plan: Plan, content: Path, file: Path, *, keep: bool = False) -> Run:
@@ -70,15 +72,15 @@ def _save(plan: Plan, content: Path, file: Path, *, keep: bool = False) -> Run:
     seen = store(end, file)
     if not keep:
         file.unlink()
-    return _run(seen)
+    return _run(plan, seen)
 
 
 def _restore(plan: Plan, file: Path, target: Path) -> Run:
-    return _run(store(End("restore", guest=plan.size, file=str(target)), file))
+    return _run(plan, store(End("restore", guest=plan.size, file=str(target)), file))
 
 
-def _run(seen: dict[str, Any]) -> Run:
-    return Run(seen["content"], seen["ended"] - seen["began"], seen["cpu"])
+def _run(plan: Plan, seen: dict[str, Any]) -> Run:
+    return Run(plan.size, seen["ended"] - seen["began"], seen["cpu"])
 
 
 def _removing(copy: Path, words: list[str], size: int) -> Run:

@@ -52,6 +52,8 @@ class End:
 class Moved:
     """What both sides saw."""
 
+    content: int
+    """Bytes that the source has, zeros and all."""
     sent: dict[str, Any]
     received: dict[str, Any]
     peaks: tuple[int, int] = (0, 0)
@@ -60,7 +62,7 @@ class Moved:
     @property
     def run(self) -> Run:
         return Run(
-            self.sent["content"],
+            self.content,
             self.received["ended"] - self.sent["began"],
             self.sent["cpu"],
             self.received["cpu"],
@@ -84,7 +86,8 @@ def move(source: End, target: End | None = None, *, watch: bool = False) -> Move
         peaks = tuple(entry.stop() for entry in watches)
     if sent["digest"] != received["digest"]:
         raise CannotRun(f"what arrived is not what was sent: {source}")
-    return Moved(sent, received, (peaks[0], peaks[1]) if peaks else (0, 0))
+    size = source.memory + source.guest or sent["content"]
+    return Moved(size, sent, received, (peaks[0], peaks[1]) if peaks else (0, 0))
 
 
 def store(end: End, file: Path) -> dict[str, Any]:

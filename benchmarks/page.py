@@ -65,7 +65,11 @@ def _group(group: Group) -> list[str]:
     if group.rows:
         head = "| path | against | must reach | ratio: median | quartiles | least..most | ours | theirs | verdict |"
         parts.append("\n".join([head, "|---" * 9 + "|", *(_line(row) for row in group.rows)]))
-        notes = [f"- {row.path}: {row.note}." for row in group.rows if row.note]
+        notes = [
+            f"- {row.path}{' against ' + row.against if row.against else ''}: {row.note}."
+            for row in group.rows
+            if row.note
+        ]
         if notes:
             parts.append("\n".join(notes))
     if group.table:
