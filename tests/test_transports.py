@@ -235,7 +235,7 @@ async def test_a_port_can_be_listened_on_again_at_once() -> None:
             address = listener.address
             async with await connect(address) as sender, await listener.accept() as receiver:
                 await receiver.aclose()
-                assert await sender.receive(memoryview(bytearray(1))) == 0
+                assert await sender.receive([memoryview(bytearray(1))]) == 0
         async with await listen(address) as listener:
             assert listener.address == address
 
@@ -364,7 +364,7 @@ async def test_a_closed_socket_takes_no_wake_up_from_the_next_one() -> None:
 
     async def receive_and_be_closed(transport: Transport) -> None:
         with pytest.raises(TransportError, match="closed"):
-            await transport.receive(memoryview(bytearray(1)))
+            await transport.receive([memoryview(bytearray(1))])
 
     async def send_byte(sock: socket.socket) -> None:
         sock.send(b"x")
@@ -390,7 +390,7 @@ async def test_a_reset_that_receive_was_told_is_not_forgotten() -> None:
         await receiver.aclose()
         for _ in range(2):
             with pytest.raises(ConnectionLost):
-                await sender.receive(memoryview(bytearray(1)))
+                await sender.receive([memoryview(bytearray(1))])
         with pytest.raises(ConnectionLost):
             await sender.send([b"x"])
 
@@ -403,7 +403,7 @@ async def test_what_the_peer_said_before_a_reset_can_still_be_read() -> None:
         await receiver.aclose()
         assert await receive_exactly(sender, 9) == b"I give up"
         with pytest.raises(ConnectionLost):
-            await sender.receive(memoryview(bytearray(1)))
+            await sender.receive([memoryview(bytearray(1))])
 
 
 # ---- files
@@ -771,7 +771,7 @@ async def test_a_file_can_be_read_again(tmp_path: Path) -> None:
 async def test_a_file_has_one_direction(tmp_path: Path) -> None:
     async with await connect(f"file:{tmp_path}/x") as writer:
         with pytest.raises(LocalProtocolError):
-            await writer.receive(memoryview(bytearray(1)))
+            await writer.receive([memoryview(bytearray(1))])
         await writer.finish()
     async with await listen(f"file:{tmp_path}/x") as listener, await listener.accept() as reader:
         with pytest.raises(LocalProtocolError):
@@ -814,7 +814,7 @@ async def test_a_receive_cancelled_while_it_reads_loses_nothing(
 
     async def receive_once(transport: Transport) -> None:
         space = bytearray(100)
-        received.extend(space[: await transport.receive(memoryview(space))])
+        received.extend(space[: await transport.receive([memoryview(space)])])
 
     async with time_limit(), await listen(f"file:{tmp_path}/x") as listener, await listener.accept() as reader:
         async with anyio.create_task_group() as tasks:
@@ -848,7 +848,7 @@ async def test_closing_waits_for_the_thread_that_reads(tmp_path: Path, monkeypat
     async with time_limit(), await listen(f"file:{tmp_path}/x") as listener:
         reader = await listener.accept()
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(reader.receive, memoryview(space))
+            tasks.start_soon(reader.receive, [memoryview(space)])
             await anyio.to_thread.run_sync(held.begun.wait)
             tasks.start_soon(reader.aclose)
             await anyio.wait_all_tasks_blocked()
@@ -882,5 +882,5 @@ async def test_memory_holds_no_more_than_its_capacity() -> None:
             await sender.send([bytes(100)])
             tasks.start_soon(send_all, sender, [[b"x"]])
             await anyio.wait_all_tasks_blocked()
-            assert await receiver.receive(memoryview(bytearray(64 * KIB))) == 100
+            assert await receiver.receive([memoryview(bytearray(64 * KIB))]) == 100
             assert await receive_all(receiver) == b"x"

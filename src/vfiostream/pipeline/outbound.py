@@ -13,7 +13,6 @@ The sender and the compressors run in the source's task group.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from vfiostream.pipeline.progress import Progress
 from vfiostream.pipeline.settings import Settings
 from vfiostream.pipeline.workers import Workers
 from vfiostream.protocol import framing
-from vfiostream.protocol.payload import Compressor, bound, is_zero
+from vfiostream.protocol.payload import Compressor, bound, shrunk
 from vfiostream.protocol.records import Bitmap, Config, Memory, Pages, Pci, Record
 from vfiostream.protocol.sessions import SourceSession
 from vfiostream.transports.contract import Transport
@@ -53,7 +52,8 @@ class Outgoing:
     """A record on its way out."""
 
     record: Record
-    payload: Buffer = b""
+    payload: Sequence[Buffer] = ()
+    """In pieces."""
     content_size: int = 0
     flags: int = 0
     check: int | None = None
@@ -131,7 +131,7 @@ class Outbound:
 
     def put_bitmap(self, record: Bitmap, lease: Lease) -> None:
         """Put a bitmap in line; the lease is the line's from here on."""
-        self._append(Outgoing(record, lease.view, len(lease.view), lease=lease))
+        self._append(Outgoing(record, (lease.view,), len(lease.view), lease=lease))
 
     def put_copied(self, record: Memory | Pages | Config | Pci, lease: Lease, check: int | None) -> None:
         """Put content in line that was copied to ``lease``, which is the line's from here on. ``check`` is the check
@@ -141,12 +141,15 @@ class Outbound:
         self._count(size)
         if check is None:
             lease.release()
-            self._append(Outgoing(record, b"", size, framing.FLAG_ZERO))
+            self._append(Outgoing(record, (), size, framing.FLAG_ZERO))
             return
-        item = Outgoing(record, lease.view, size, 0, check, lease)
+        item = Outgoing(record, (lease.view,), size, 0, check, lease)
         if self.compresses:
             item.packing = True
-            self.compressors.submit(partial(_compress, item.payload, self._settings.compression), partial(self._packed, item))
+            level = self._settings.compression
+            self.compressors.submit(partial(_compress, lease.view, level), partial(self._packed, item))
+        else:
+            self._shrink(item, lease.view)
         self._append(item)
 
     async def carry(self, record: Memory | Config | Pci, content: memoryview) -> None:
@@ -156,10 +159,9 @@ class Outbound:
             self.put_copied(record, lease, _accel.copy_check(lease.view, content, *self._session.head(record)))
             return
         self._count(len(content))
-        if is_zero(content):
-            self._append(Outgoing(record, b"", len(content), framing.FLAG_ZERO))
-        else:
-            self._append(Outgoing(record, content, len(content)))
+        item = Outgoing(record, (content,), len(content))
+        self._shrink(item, content)
+        self._append(item)
         await self.flushed()
 
     async def flushed(self) -> None:
@@ -178,6 +180,14 @@ class Outbound:
             self._shorter = anyio.Event()
             await self._shorter.wait()
 
+    def _shrink(self, item: Outgoing, content: memoryview) -> None:
+        """Leave zeros out."""
+        if not isinstance(item.record, Memory | Pages):
+            return
+        flags, payload = shrunk(content)
+        if flags == framing.FLAG_ZERO or (flags and "sparse" in self._session.features):
+            item.flags, item.payload, item.check = flags, payload, None
+
     def _append(self, item: Outgoing) -> None:
         self._line.append(item)
         if len(self._line) == 1:
@@ -190,7 +200,7 @@ class Outbound:
 
     def _packed(self, item: Outgoing, packed: bytes | None) -> None:
         if packed is not None:
-            item.payload, item.flags, item.check = packed, framing.FLAG_ZSTD, None
+            item.payload, item.flags, item.check = (packed,), framing.FLAG_ZSTD, None
         item.packing = False
         self._news.set()
 
@@ -207,7 +217,7 @@ class Outbound:
 
     async def _send_first(self) -> None:
         item = self._line[0]
-        size = framing.PREFIX_SIZE + _HEADER_ROOM + len(item.payload)
+        size = framing.PREFIX_SIZE + _HEADER_ROOM + sum(map(len, item.payload))
         await self._pace.wait(size)
         self.moved_at = anyio.current_time()
         self.waiting = True
@@ -215,10 +225,10 @@ class Outbound:
             await self._wait()
             if self._off:
                 return
-        bitmap = item.payload if isinstance(item.record, Bitmap) else None
-        buffers = self._session.send(
+        bitmap = item.payload[0] if isinstance(item.record, Bitmap) else None
+        frame = self._session.send(
             item.record,
-            item.payload,
+            *item.payload,
             flags=item.flags,
             content_size=item.content_size,
             bitmap=bitmap,
@@ -226,7 +236,7 @@ class Outbound:
         )
         began = anyio.current_time()
         try:
-            await self.hand_over(buffers)
+            await self.hand_over(frame)
         except ConnectionLost:
             # The target may have said why before it closed: the listener finds that, and all is called off.
             with anyio.move_on_after(LINGER if self._transport.answers else 0):
@@ -237,7 +247,7 @@ class Outbound:
         self.waiting = False
         self._line.popleft()
         if item.lease is not None:
-            item.payload = b""
+            item.payload = ()
             item.lease.release()
         self._shorter.set()
 

@@ -52,7 +52,9 @@ class Workers(Generic[Context]):
     async def run(self) -> None:
         """A task: has the jobs done until it is cancelled. Raises what a job raises, or its ``done``."""
         bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        threads = [threading.Thread(target=self._work, args=(bell,), name="vfiostream-worker") for _ in range(self._count)]
+        threads = [
+            threading.Thread(target=self._work, args=(bell,), name="vfiostream-worker") for _ in range(self._count)
+        ]
         try:
             for thread in threads:
                 thread.start()
@@ -78,7 +80,7 @@ class Workers(Generic[Context]):
                 if context is None:
                     context = self._make()
                 self._results.append((job, job.work(context), None))
-            except BaseException as error:  # It is raised from run.
+            except BaseException as error:  # noqa: BLE001  # raised from run
                 self._results.append((job, None, error))
             os.eventfd_write(bell, 1)
 

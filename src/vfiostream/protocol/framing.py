@@ -1,7 +1,7 @@
 """Frames: a 48-byte prefix, a msgpack header, a raw payload (``docs/format.md``, "Frame").
 
-The only module that hashes. Frames go out as buffers to be gathered, and come in as three pieces, so that a payload is
-never copied here.
+The only module that hashes, but for what is hashed while it is copied (``_accel.copy_check``). Frames go out as buffers
+to be gathered, and come in as three pieces, so that a payload is never copied here.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ VERSION = 1
 
 FLAG_ZSTD = 1
 FLAG_ZERO = 2
+FLAG_SPARSE = 4
 
 _PREFIX = struct.Struct("<4sHBBIIQIIQQ")
 _CHECK = struct.Struct("<Q")
@@ -52,21 +53,21 @@ def pack_frame(
     stream: int,
     sequence: int,
     header: bytes,
-    payload: Buffer,
+    payload: Sequence[Buffer],
     flags: int,
     content_size: int,
     seed: int,
     check: int | None = None,
-) -> tuple[bytes, Buffer]:
-    """Return (prefix and header, payload), ready to be sent one after the other. ``payload`` is not copied: it must not
-    change until it is sent. ``seed`` is the session's (:func:`session_seed`), 0 for a HELLO. ``check`` is the xxh3 of
-    header and payload where the caller has it already.
+) -> list[Buffer]:
+    """Return the buffers of a frame, to be sent one after the other: prefix and header, and the pieces of ``payload``,
+    which are not copied: they must not change until they are sent. ``seed`` is the session's (:func:`session_seed`), 0
+    for a HELLO. ``check`` is the xxh3 of header and payload where the caller has it already.
     """
     if check is None:
-        check = body_check(header, (payload,), seed)
-    fields = (MAGIC, VERSION, type_, flags, stream, len(header), sequence, len(payload), content_size)
+        check = body_check(header, payload, seed)
+    fields = (MAGIC, VERSION, type_, flags, stream, len(header), sequence, sum(map(len, payload)), content_size)
     unchecked = _PREFIX.pack(*fields, check, 0)[:_CHECKED]
-    return unchecked + _CHECK.pack(xxhash.xxh3_64_intdigest(unchecked, seed)) + header, payload
+    return [unchecked + _CHECK.pack(xxhash.xxh3_64_intdigest(unchecked, seed)) + header, *payload]
 
 
 def body_check(header: Buffer, payload: Sequence[Buffer], seed: int) -> int:
@@ -75,6 +76,11 @@ def body_check(header: Buffer, payload: Sequence[Buffer], seed: int) -> int:
     for piece in payload:
         digest.update(piece)
     return digest.intdigest()
+
+
+def sparse_bitmap_size(content_size: int) -> int:
+    """Bytes of the bitmap that ends the payload of sparse content, which is whole pages."""
+    return (content_size // limits.PAGE_SIZE + 7) // 8
 
 
 def session_seed(session: bytes) -> int:
@@ -108,6 +114,9 @@ def parse_prefix(data: Buffer, seed: int, where: str) -> Prefix:
         sound = 0 < payload_size < content_size
     elif flags == FLAG_ZERO:
         sound = payload_size == 0 and content_size > 0
+    elif flags == FLAG_SPARSE:
+        kept = payload_size - sparse_bitmap_size(content_size)
+        sound = 0 < kept < content_size and kept % limits.PAGE_SIZE == content_size % limits.PAGE_SIZE == 0
     else:
         raise StreamError(where, f"has unknown flags {flags:#04x}")
     if not sound:

@@ -20,6 +20,9 @@ class Transport(Closing):
     system reports raises :class:`~vfiostream.errors.TransportError`, both naming :attr:`address`. Using a transport
     after :meth:`aclose`, or while it is closed, raises :class:`~vfiostream.errors.TransportError`; using one in a
     direction it does not have raises :class:`~vfiostream.errors.LocalProtocolError`.
+
+    Turns: a call notices that it is cancelled, but one that can go on at once need not let other tasks run, which
+    costs more than handing over a small frame. Whoever calls in a loop gives way himself.
     """
 
     address: str
@@ -32,17 +35,21 @@ class Transport(Closing):
     async def send(self, buffers: Sequence[Buffer]) -> None:
         """Hand over every byte of ``buffers``, in order.
 
-        Returns when the buffers may be reused: their content was copied by the kernel or written. Blocks while the
-        other side takes nothing; that is the backpressure. If it is cancelled or fails, an unknown prefix went out:
-        the transport is torn, later calls to ``send`` and ``finish`` raise, and the buffers may be reused. Only a call
-        that was cancelled before its first byte went out leaves the transport as it was.
+        Returns when the buffers may be reused: their content was copied by the kernel, written, or copied by the
+        transport. Blocks while the other side takes nothing; that is the backpressure. If it is cancelled or fails, an
+        unknown prefix went out: the transport is torn, later calls to ``send`` and ``finish`` raise, and the buffers
+        may be reused. Only a call that was cancelled before its first byte went out leaves the transport as it was.
         """
 
     @abstractmethod
-    async def receive(self, into: Sequence[memoryview]) -> int:
-        """Fill the buffers ``into`` (none of them empty), in order, with at least one byte and return how many; 0 means
-        the sender has finished and everything was read. The buffer belongs to the transport only while the call runs. A cancelled
-        call loses no bytes: either they are still to be read, or the call returned them.
+    async def receive(self, into: Sequence[memoryview], least: int = 1) -> int:
+        """Fill the views ``into`` (at least one, none of them empty), in order, with at least one byte in all and
+        return how many; 0 means the sender has finished and everything was read. More may be there already, or come.
+        The views belong to the transport only while the call runs, and bytes that were not counted are as they were. A
+        cancelled call loses nothing: either its bytes are still to be read, or the call returned them.
+
+        ``least`` is a hint: fewer bytes than that do not get the caller any further, so a transport that has to wait
+        may wait until so many are there, or the stream ends. It may return fewer.
         """
 
     @abstractmethod

@@ -26,7 +26,7 @@ import anyio.to_thread
 from vfiostream.buffers import Buffer
 from vfiostream.errors import LocalProtocolError, TransportError, UsageError
 from vfiostream.transports.contract import Listener, Transport
-from vfiostream.transports.unsent import Unsent
+from vfiostream.transports.unsent import IOV_MAX, Unsent
 
 logger = logging.getLogger("vfiostream.transport")
 
@@ -108,7 +108,7 @@ class FileWriter(_OpenFile):
         self._check_can_write()
         await anyio.to_thread.run_sync(self._publish)
 
-    async def receive(self, into: Sequence[memoryview]) -> int:
+    async def receive(self, into: Sequence[memoryview], least: int = 1) -> int:
         raise LocalProtocolError(f"{self.address}: a file opened for writing can't be read")
 
     def _write(self, buffers: Sequence[Buffer]) -> None:
@@ -203,7 +203,7 @@ class FileReader(_OpenFile):
     async def finish(self) -> None:
         raise LocalProtocolError(f"{self.address}: a file opened for reading can't be finished")
 
-    async def receive(self, into: Sequence[memoryview]) -> int:
+    async def receive(self, into: Sequence[memoryview], least: int = 1) -> int:
         self._check_open()
         count = await anyio.to_thread.run_sync(self._read, into)
         self._offset += count
@@ -213,7 +213,7 @@ class FileReader(_OpenFile):
         with self._lock:
             self._check_open()
             try:
-                count = os.preadv(self._fd, into, self._offset)
+                count = os.preadv(self._fd, into[:IOV_MAX], self._offset)
             except OSError as error:
                 raise _failure(self.address, "reading", error) from error
         if logger.isEnabledFor(logging.DEBUG):

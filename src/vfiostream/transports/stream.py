@@ -26,7 +26,7 @@ import anyio.lowlevel
 from vfiostream.buffers import Buffer
 from vfiostream.errors import ConnectionLost, LocalProtocolError, TransportError, UsageError
 from vfiostream.transports.contract import Listener, Transport
-from vfiostream.transports.unsent import Unsent
+from vfiostream.transports.unsent import IOV_MAX, Unsent
 
 logger = logging.getLogger("vfiostream.transport")
 
@@ -36,6 +36,11 @@ KEEPALIVE_INTERVAL = 5
 """Seconds between such questions."""
 KEEPALIVE_COUNT = 4
 """Unanswered questions after which the connection counts as lost: 30 seconds in all."""
+
+WAKE_AT = 1024 * 1024
+"""Bytes that a reader sleeps for at most where it needs so many: a wake-up costs as much as copying 100 KiB, and the
+sender goes on meanwhile.
+"""
 
 BACKLOG = 8
 """Senders that may wait to be accepted; one is served at a time."""
@@ -73,40 +78,53 @@ class SocketTransport(Transport):
         self._finished = False
         self._lost = False
         self._closed = False
+        self._wakes_at = 1 if sock.family != socket.AF_UNIX else None
+        """Bytes that the kernel lets a waiting reader wake up for (SO_RCVLOWAT); None where it has no such thing."""
 
     async def send(self, buffers: Sequence[Buffer]) -> None:
         self._check_can_send()
-        # Gives way to other tasks even if the kernel always has room; 3 to 7 microseconds a call.
-        await anyio.lowlevel.checkpoint()
-        taken = 0
-        with Unsent(buffers) as unsent:
-            while unsent:
-                self._check_open()
-                try:
-                    count = self._sock.sendmsg(unsent.head(), (), socket.MSG_NOSIGNAL)
-                except BlockingIOError:
-                    await self._wait(anyio.wait_writable)
-                except OSError as error:
-                    self._torn = True
-                    failure = self._failure("sending", error)
-                    failure.taken = taken
-                    raise failure from error
-                else:
+        await anyio.lowlevel.checkpoint_if_cancelled()
+        size = sum(map(len, buffers))
+        # As a rule the kernel takes everything, and the caller's own list will do.
+        taken = await self._send_some(buffers, 0) if len(buffers) <= IOV_MAX else 0
+        if taken < size:
+            with Unsent(buffers) as unsent:
+                unsent.advance(taken)
+                while unsent:
+                    self._torn = taken > 0
+                    count = await self._send_some(unsent.head(), taken)
                     unsent.advance(count)
                     taken += count
-                    self._torn = bool(unsent)
-                    if logger.isEnabledFor(logging.DEBUG):
-                        logger.debug("%s: sent %d bytes", self.address, count)
+            self._torn = False
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("%s: sent %d bytes", self.address, size)
 
-    async def receive(self, into: Sequence[memoryview]) -> int:
+    async def _send_some(self, buffers: Sequence[Buffer], taken: int) -> int:
+        """Wait until the kernel takes something of ``buffers``; ``taken`` bytes of the same call went before them."""
+        while True:
+            self._check_open()
+            try:
+                return self._sock.sendmsg(buffers, (), socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                await self._wait(anyio.wait_writable)
+            except OSError as error:
+                self._torn = True
+                failure = self._failure("sending", error)
+                failure.taken = taken
+                raise failure from error
+
+    async def receive(self, into: Sequence[memoryview], least: int = 1) -> int:
         self._check_open()
         # Before the bytes are taken: nothing may be awaited between taking and returning them.
         await anyio.lowlevel.checkpoint_if_cancelled()
+        if len(into) > IOV_MAX:
+            into = into[:IOV_MAX]
         while True:
             self._check_open()
             try:
                 count = self._sock.recvmsg_into(into)[0]
             except BlockingIOError:
+                self._wake_at(min(least, WAKE_AT))
                 await self._wait(anyio.wait_readable)
             except OSError as error:
                 raise self._failure("receiving", error) from error
@@ -135,6 +153,14 @@ class SocketTransport(Transport):
         self._closed = True
         await _close(self._sock)
         logger.debug("%s: closed", self.address)
+
+    def _wake_at(self, count: int) -> None:
+        """Do not wake a waiting reader for fewer than ``count`` bytes. The kernel wakes it all the same where the
+        stream ends or its own buffers are full (tcp_stream_is_readable in net/ipv4/tcp.c); a UNIX socket always does.
+        """
+        if self._wakes_at not in (None, count):
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count)
+            self._wakes_at = count
 
     async def _wait(self, ready: Callable[[socket.socket], Awaitable[None]]) -> None:
         try:
