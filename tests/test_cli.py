@@ -160,7 +160,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["send"], "missing argument 'DEVICE'"),
         (["send", "vfio-user:x"], "missing argument 'DESTINATION'"),
         (["send", "vfio-user:x", "tcp:h:1", "--downtime-limit", "300"], "is not a time"),
-        (["send", "vfio-user:x", "tcp:h:1", "--compress", "20"], "20 is not in the range"),
+        (["send", "vfio-user:x", "tcp:h:1", "--compress", "20"], "is not a level of compression"),
         (["send", "vfio-user:x", "tcp:h:1", "--max-rounds", "0"], "0 is not in the range"),
         (["send", "vfio-user:x", "tcp:h:1", "--max-time", "0s"], "it must be more than 0"),
         (["send", "vfio-user:x", "tcp:h:1", "--max-bandwidth", "0"], "moves nothing"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import traceback
@@ -27,13 +26,14 @@ from vfiostream.cli.trial import Answer, Part, Run as Measured, Served, measure,
 from vfiostream.cli.values import (
     option_size,
     option_type,
+    parse_level,
     parse_link_address,
     parse_size,
     show_rate,
     show_size,
     show_time,
 )
-from vfiostream.errors import TransportError, UsageError, VfiostreamError
+from vfiostream.errors import TransportError, VfiostreamError
 from vfiostream.pipeline.progress import Progress, Summary
 from vfiostream.pipeline.settings import Settings
 from vfiostream.policy import Precopy
@@ -56,12 +56,12 @@ MAX_LINE = 4096
 
 def parse_compression(text: str) -> tuple[str, Settings]:
     """Name and settings of ``text``: ``off``, ``adaptive`` or a zstd level; raises ValueError."""
-    level: Any = 0 if text == "off" else int(text) if re.fullmatch("[1-9][0-9]?", text) else text
     try:
-        settings = Settings(compression=level)
-    except (UsageError, TypeError) as error:
-        raise ValueError(f"{text!r} is no compression: write off, or a zstd level from 1 to 19") from error
-    return text, settings
+        if text == "0":
+            raise ValueError("for none, bench has a word")
+        return text, Settings(compression=0 if text == "off" else parse_level(text))
+    except ValueError as error:
+        raise ValueError(f"{text!r} is no compression: write off, adaptive, or a zstd level from 1 to 19") from error
 
 
 @click.command
@@ -87,7 +87,7 @@ def parse_compression(text: str) -> tuple[str, Settings]:
     type=option_type(parse_compression),
     multiple=True,
     metavar="LEVEL",
-    help="Measure this too, besides no compression: a zstd level, 1 to 19. May be repeated.",
+    help="Measure this too, besides no compression: adaptive, or a zstd level, 1 to 19. May be repeated.",
 )
 @options.progress
 def bench(

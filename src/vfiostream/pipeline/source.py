@@ -155,6 +155,7 @@ class Source:
             downtime,
             self._line.budget.peak,
             tuple(self._warnings),
+            self._line.choices.statistics,
         )
 
     # ---- before: greeting

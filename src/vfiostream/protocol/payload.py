@@ -33,7 +33,7 @@ class Compressor:
         """``level`` is zstd's, 1 to 19."""
         self._context = zstandard.ZstdCompressor(level=level, write_content_size=True, write_checksum=False)
 
-    def compress(self, content: Buffer, level: int = 1) -> bytes | None:
+    def compress(self, content: Buffer, level: int = 1, *, probe: bool = False) -> bytes | None:
         """Return a zstd frame that is smaller than ``content``, or None where there is none."""
         packed = self._context.compress(content)
         return packed if len(packed) < len(content) else None
