@@ -74,7 +74,7 @@ def make_guest(end: End) -> LastRound:
         os.ftruncate(fd, end.guest)
     memory = vfiostream.GuestRange(0, end.guest, fd, "guest")
     if end.populated:
-        memory.make_present(0, end.guest)
+        memory.make_present()
     if end.does in ("send", "save") and not end.file:
         fill_random(memory.view, seed=1)
     guest = LastRound((memory,))
