@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from xml.etree.ElementTree import Comment, Element
+from xml.etree.ElementTree import Element
 
 import pygal
 from pygal.style import Style
@@ -82,7 +82,7 @@ def _still(root: Element) -> Element:
     """The drawing without the scripts, and the date, that it comes with."""
     for parent in list(root.iter()):
         for child in list(parent):
-            if child.tag is Comment or str(child.tag).endswith("script"):
+            if not isinstance(child.tag, str) or child.tag.endswith("script"):  # a comment has no tag
                 parent.remove(child)
     return root
 
