@@ -312,14 +312,16 @@ class Source:
         pos = 0
         while True:
             asked = monotonic()
-            with await device.next(self._session.chunk) as content:
-                if not content:
-                    break
-                self._line.driver.add(len(content), monotonic() - asked)
-                if len(content) > size - pos:
-                    raise DeviceBroken(f"{device.name}: the device's state goes on beyond the size it told")
-                await self._line.carry(record(pos), content)
-                pos += len(content)
+            content = await device.next(self._session.chunk)
+            if not content:
+                break
+            self._line.driver.add(len(content), monotonic() - asked)
+            if len(content) > size - pos:
+                raise DeviceBroken(f"{device.name}: the device's state goes on beyond the size it told")
+            # Not released where this fails: the sender may be in the middle of it, and ends the frame.
+            await self._line.carry(record(pos), content)
+            pos += len(content)
+            content.release()
         if pos != size:
             raise DeviceBroken(f"{device.name}: the device's state ends {size - pos} bytes before the size it told")
 
