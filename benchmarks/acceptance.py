@@ -111,7 +111,7 @@ def outcome(process: subprocess.Popen[str], watch: Watch) -> dict[str, Any]:
     lines = [json.loads(line) for line in process.stdout]
     peak = watch.stop()
     if process.wait():
-        raise SystemExit(f"{process.args} failed with {process.returncode}: {lines[-1]}")
+        raise SystemExit(f"{process.args!r} failed with {process.returncode}: {lines[-1]}")
     return {**lines[-1], "peak_memory": peak}
 
 
@@ -127,7 +127,11 @@ async def bar0(socket: Path) -> tuple[str, int]:
 def compare(scenario: Scenario, one: Path, other: Path, files: list[Path], states: tuple[int, int]) -> None:
     """Devices and guest memories must be the same, and the devices in these states; else this run has failed."""
     (ours, our_state), (theirs, their_state) = anyio.run(bar0, one), anyio.run(bar0, other)
-    if ours != theirs or subprocess.run(["cmp", *files], check=False).returncode or (our_state, their_state) != states:
+    if (
+        ours != theirs
+        or subprocess.run(["cmp", *map(str, files)], check=False).returncode
+        or (our_state, their_state) != states
+    ):
         raise SystemExit(f"{scenario.name}: the devices differ, or are in states {our_state} and {their_state}")
 
 

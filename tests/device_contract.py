@@ -490,7 +490,11 @@ class DeviceContract:
                     await target.run()
                 assert (caught.value.operation, caught.value.errno) == (named, number)
                 assert ("memory" in str(caught.value).partition(";")[2]) == (number == errno.ENOSPC)
-                calls: list[Callable[[], Awaitable[None]]] = [lambda: target.write(b"data"), target.finish_load, target.run]
+                calls: list[Callable[[], Awaitable[None]]] = [
+                    lambda: target.write(b"data"),
+                    target.finish_load,
+                    target.run,
+                ]
                 for call in calls:
                     with pytest.raises(LocalProtocolError):
                         await call()

@@ -202,11 +202,11 @@ class Link(Transport):
         await self._interfere(self, frame)
         await self._trace.passing(f"after send {frame.name}")
 
-    async def receive(self, into: Sequence[memoryview]) -> int:
+    async def receive(self, into: Sequence[memoryview], least: int = 1) -> int:
         self._check()
         await self._trace.passing("before receive")
         try:
-            count = await self._inner.receive(into)
+            count = await self._inner.receive(into, least)
         except TransportError as error:
             self._check()
             raise error

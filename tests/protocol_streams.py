@@ -160,14 +160,15 @@ ABORT = Abort("incompatible", "no such device", stopped=True)
 
 def send(session: SourceSession, frame: Frame) -> bytes:
     """Return the frame as it goes out."""
-    head, payload = session.send(
-        frame.record,
-        frame.payload,
-        flags=frame.flags,
-        content_size=len(frame.content),
-        bitmap=frame.content if isinstance(frame.record, Bitmap) else None,
+    return b"".join(
+        session.send(
+            frame.record,
+            frame.payload,
+            flags=frame.flags,
+            content_size=len(frame.content),
+            bitmap=frame.content if isinstance(frame.record, Bitmap) else None,
+        )
     )
-    return head + payload
 
 
 def stored_frames() -> list[bytes]:
@@ -253,8 +254,7 @@ class Pair:
 
     def answer(self, record: Record) -> None:
         """The target sends, the source takes."""
-        head, payload = self.target.send(record)
-        assert take(self.source, head + payload) == record
+        assert take(self.source, b"".join(self.target.send(record))) == record
         self.answered += 1
 
     def forged(self, frame: Frame, *, answer: bool = False) -> bytes:
@@ -263,7 +263,7 @@ class Pair:
         stream: int = getattr(frame.record, "stream", 0)
         seed = self.seed if before else 0
         header = encode(frame.record)
-        fields = (frame.record.type, stream, before + 1, header, frame.payload, frame.flags, len(frame.content), seed)
+        fields = (frame.record.type, stream, before + 1, header, [frame.payload], frame.flags, len(frame.content), seed)
         return b"".join(pack_frame(*fields))
 
     def refuses(self, record: Record, content: bytes = b"", *, match: str) -> None:

@@ -40,7 +40,7 @@ def load_native() -> ModuleType:
 
 
 class Level:
-    """The native twin as it is on another processor: each function that is asked for runs on that level when called."""
+    """The native twin as it is on another processor. Functions run on the level that was asked for one last."""
 
     def __init__(self, name: str) -> None:
         self._native = load_native()
@@ -144,7 +144,7 @@ def test_a_level_the_processor_does_not_have_is_refused(native: Any) -> None:
 def test_implementation_names_what_is_exported() -> None:
     module = {"native": "vfiostream._accel._native", "pure": "vfiostream._accel._pure"}[_accel.IMPLEMENTATION]
     functions = [getattr(_accel, name) for name in _accel.__all__ if name != "IMPLEMENTATION"]
-    assert len(functions) == 11
+    assert len(functions) == 12
     assert {function.__module__ for function in functions} == {module}
 
 
@@ -215,7 +215,7 @@ def test_lengths_must_agree(accel: Any, name: str, into: int, source: int) -> No
 
 # ---- copies that are checked
 
-BLOCK = 16 << 10
+BLOCK = 64 << 10
 """What the native twin copies before it looks at it."""
 
 CHECKED_SIZES = [0, 1, 63, 64, 200, 240, 241, 255, 256, 257, 1024, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 77, 1 << 20]
@@ -224,12 +224,10 @@ CHECKED_SIZES = [0, 1, 63, 64, 200, 240, 241, 255, 256, 257, 1024, BLOCK - 1, BL
 @pytest.mark.parametrize("size", CHECKED_SIZES)
 @pytest.mark.parametrize("head", [b"", b"h", b"head" * 5, bytes(300), os.urandom(5000)], ids=len)
 def test_copy_check(accel: Any, size: int, head: bytes) -> None:
-    data = os.urandom(size)
+    data = (b"\1" + os.urandom(size))[:size]
     for seed in (0, 1, U64_MAX):
         target = unaligned(bytes(size), 3)
-        assert accel.copy_check(target, unaligned(data), head, seed) == (
-            xxh3(head + data, seed) if any(data) or not size else None
-        )
+        assert accel.copy_check(target, unaligned(data), head, seed) == xxh3(head + data, seed)
         assert target == data
 
 
@@ -257,14 +255,15 @@ def test_zeros_before_and_after_other_bytes_count(accel: Any, size: int) -> None
 
 def test_the_check_is_of_the_copy(accel: Any) -> None:
     """Memory that changes while it is read may be copied torn, but what is said of the copy is right."""
-    size = 1 << 16
-    with mmap.mmap(-1, size) as live:
-        source = memoryview(live)
+    size = 1 << 20
+    values = [bytes([n]) * size for n in range(3)]
+    copy, copy_check = accel.copy, accel.copy_check
+    with mmap.mmap(-1, size) as live, memoryview(live) as source:
         done = threading.Event()
 
         def change() -> None:
-            for n in itertools.count():
-                live[:] = bytes([n % 3]) * size
+            for value in itertools.cycle(values):
+                copy(source, value)
                 if done.is_set():
                     break
 
@@ -273,12 +272,11 @@ def test_the_check_is_of_the_copy(accel: Any) -> None:
         try:
             target = bytearray(size)
             for _ in range(200):
-                check = accel.copy_check(target, source, b"head", 5)
+                check = copy_check(target, source, b"head", 5)
                 assert check == (xxh3(b"head" + target, 5) if any(target) else None)
         finally:
             done.set()
             changer.join()
-            source.release()
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64, 2**70])
@@ -296,7 +294,7 @@ contents = st.lists(
     st.one_of(
         st.binary(max_size=400),
         st.tuples(
-            st.sampled_from([b"\0", b"\0", b"\x01"]), st.sampled_from([1, 255, 4096, BLOCK - 1, BLOCK, 40000])
+            st.sampled_from([b"\0", b"\0", b"\x01"]), st.sampled_from([1, 255, 4096, BLOCK - 1, BLOCK, 100_000])
         ).map(lambda p: p[0] * p[1]),
     ),
     max_size=5,
@@ -399,9 +397,9 @@ def test_a_gap_is_not_negative(accel: Any) -> None:
 @pytest.mark.parametrize("gap", [0, 1, 2, 100])
 def test_more_runs_than_are_expected(accel: Any, gap: int) -> None:
     """Enough of them that the array they are put in has to grow, several times."""
-    bitmap = b"\x55" * 20_000
-    runs = accel.bitmap_runs(bitmap, 160_000, gap)
-    assert runs == (u64([0, 159_999]) if gap else u64(n for k in range(80_000) for n in (2 * k, 1)))
+    bitmap = b"\x55" * 100_000
+    runs = accel.bitmap_runs(bitmap, 800_000, gap)
+    assert runs == (u64([0, 799_999]) if gap else u64(n for k in range(400_000) for n in (2 * k, 1)))
 
 
 @pytest.mark.parametrize(
@@ -487,16 +485,35 @@ def test_native_runs_with_a_gap_are_as_pure(native: Any, bitmap: bytes, cut: int
     assert native.bitmap_runs(bitmap, bits, gap) == _pure.bitmap_runs(bitmap, bits, gap)
 
 
-@given(seed=st.integers(0, 2**32), of_64=st.integers(1, 63), gap=st.integers(0, 70))
-def test_native_finds_long_noise_as_pure(native: Any, seed: int, of_64: int, gap: int) -> None:
-    """Bitmaps of many runs, where the search settles what it found and asks for room."""
-    noise = random.Random(seed)
-    bitmap = noise.randbytes(20_000)
-    for _ in range(of_64 % 6):
-        other = noise.randbytes(20_000)
-        both = int.from_bytes(bitmap, "little") & int.from_bytes(other, "little")
-        bitmap = both.to_bytes(20_000, "little")
-    assert native.bitmap_runs(bitmap, 160_000, gap) == _pure.bitmap_runs(bitmap, 160_000, gap)
+def noise(seed: int, size: int, thinned: int) -> bytes:
+    """Random bits, of which each thinning leaves half."""
+    source = random.Random(seed)
+    bits = source.getrandbits(8 * size)
+    for _ in range(thinned):
+        bits &= source.getrandbits(8 * size)
+    return bits.to_bytes(size, "little")
+
+
+@given(seed=st.integers(0, 2**32), thinned=st.integers(0, 6), gap=st.integers(0, 70))
+def test_native_finds_the_runs_of_noise_as_pure(native: Any, seed: int, thinned: int, gap: int) -> None:
+    bitmap = noise(seed, 10_000, thinned)
+    assert native.bitmap_runs(bitmap, 79_993, gap) == _pure.bitmap_runs(bitmap, 79_993, gap)
+
+
+@pytest.mark.parametrize("last", range(16_370, 16_450, 10))
+def test_native_finds_the_last_run_where_room_ends(native: Any, last: int) -> None:
+    bitmap = bytes((1 << 19) + 61 - last % 64) + b"\x55" * last
+    bits = 8 * len(bitmap)
+    assert native.bitmap_runs(bitmap, bits) == _pure.bitmap_runs(bitmap, bits)
+
+
+@pytest.mark.parametrize("gap", [0, 1, 5])
+@pytest.mark.parametrize("quiet", [0, 60_000])
+def test_native_finds_the_runs_of_much_noise_as_pure(native: Any, gap: int, quiet: int) -> None:
+    """So many that what is left is counted on the way."""
+    bitmap = noise(1, 90_001, 0) + bytes(quiet) + noise(2, 90_000, 1)
+    bits = 8 * len(bitmap) - 3
+    assert native.bitmap_runs(bitmap, bits, gap) == _pure.bitmap_runs(bitmap, bits, gap)
 
 
 @given(data=st.data())
@@ -612,7 +629,7 @@ def test_gathered_zeros_before_and_after_other_pages_count(accel: Any) -> None:
     page = 4096
     memory = bytearray(64 * page)
     memory[40 * page] = 1
-    for runs in (u64([0, 64]), u64([40, 9, 0, 9]), u64([0, 9, 40, 1]), u64([0, 50, 1, 3])):
+    for runs in (u64([0, 64]), u64([40, 9, 0, 30]), u64([0, 20, 40, 1]), u64([0, 1, 40, 1]), u64([0, 50, 1, 3])):
         out = bytearray(64 * page)
         filled, *_, check = accel.gather_check(memory, runs, 0, 0, out, page, b"head", 5)
         assert check == xxh3(b"head" + out[:filled], 5)
@@ -849,3 +866,21 @@ def test_no_buffer_is_kept(accel: Any) -> None:
     with pytest.raises(ValueError, match="destination"):
         accel.copy(buffer, b"")
     buffer.append(0)  # A BufferError while anybody holds it.
+
+
+# ---- pages that are zeros
+
+
+@given(st.lists(st.booleans(), max_size=40), st.integers(0, PAGE - 1))
+def test_pages_that_are_not_zeros(native: Any, used: list[bool], where: int) -> None:
+    data = b"".join(bytes(where) + b"\x01" + bytes(PAGE - 1 - where) if one else bytes(PAGE) for one in used)
+    for twin in (native, _pure):
+        bitmap = bytearray(b"\xff" * ((len(used) + 7) // 8))
+        assert twin.nonzero_pages(unaligned(data), PAGE, bitmap) == sum(used)
+        assert int.from_bytes(bitmap, "little") == sum(one << n for n, one in enumerate(used))
+
+
+@pytest.mark.parametrize(("size", "page", "bitmap"), [(65, 64, 1), (64, 64, 0), (64, 64, 2), (64, 0, 1)])
+def test_pages_and_their_bitmap_must_fit(accel: Any, size: int, page: int, bitmap: int) -> None:
+    with pytest.raises(ValueError, match="page"):
+        accel.nonzero_pages(bytes(size), page, bytearray(bitmap))

@@ -140,8 +140,8 @@ def test_the_options_that_others_rely_on() -> None:
     assert "--force" in options_of("save")
     assert options_of("device", "serve") >= {
         "--memory", "--config", "--dirty-rate", "--pattern", "--data", "--seed", "--memory-region", "--config-region",
-        "--bitmap-region", "--mmap", "--layout", "--capture-time", "--chunk-time", "--state-time", "--version-string", "--accept",
-        "--fault",
+        "--bitmap-region", "--mmap", "--layout", "--capture-time", "--chunk-time", "--state-time",
+        "--version-string", "--accept", "--fault",
     }  # fmt: skip
 
 
@@ -160,7 +160,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["send"], "missing argument 'DEVICE'"),
         (["send", "vfio-user:x"], "missing argument 'DESTINATION'"),
         (["send", "vfio-user:x", "tcp:h:1", "--downtime-limit", "300"], "is not a time"),
-        (["send", "vfio-user:x", "tcp:h:1", "--compress", "20"], "20 is not in the range"),
+        (["send", "vfio-user:x", "tcp:h:1", "--compress", "20"], "is not a level of compression"),
         (["send", "vfio-user:x", "tcp:h:1", "--max-rounds", "0"], "0 is not in the range"),
         (["send", "vfio-user:x", "tcp:h:1", "--max-time", "0s"], "it must be more than 0"),
         (["send", "vfio-user:x", "tcp:h:1", "--max-bandwidth", "0"], "moves nothing"),
@@ -207,7 +207,8 @@ def test_every_option_of_serve_reaches_the_device(
     assert main(["device", "serve", "plain"]) == 0
     options = (
         "--memory 8MiB --config 1KiB --dirty-rate 3MiB/s --pattern hotspot --data random --seed 9 --memory-region 64KiB"
-        " --config-region 8KiB --bitmap-region 4KiB --mmap sparse --layout packed --capture-time 20ms --chunk-time 5ms --state-time 1s"
+        " --config-region 8KiB --bitmap-region 4KiB --mmap sparse --layout packed --capture-time 20ms"
+        " --chunk-time 5ms --state-time 1s"
         " --version-string v2 --accept v1 --accept v3* --no-dirty-tracking --fault get-memory:3:EIO"
         " --fault set-state:1:hang"
     )
@@ -218,7 +219,8 @@ def test_every_option_of_serve_reaches_the_device(
             Settings(
                 memory=8 * MIB, config=1024, dirty_rate=3 * MIB, pattern="hotspot", data="random", seed=9,
                 memory_region=64 * 1024, config_region=8 * 1024, bitmap_region=4096, mmap="sparse", layout="packed",
-                capture_time=0.02, chunk_time=0.005, state_time=1.0, version_string="v2", accept=("v1", "v3*"), dirty_tracking=False,
+                capture_time=0.02, chunk_time=0.005, state_time=1.0, version_string="v2", accept=("v1", "v3*"),
+                dirty_tracking=False,
                 faults=(parse_fault("get-memory:3:EIO"), parse_fault("set-state:1:hang")),
             ),
             "other",

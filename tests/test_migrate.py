@@ -412,8 +412,7 @@ async def test_the_budget_holds_when_the_reader_stalls_for_ever() -> None:
                     frame = await FrameReader(_there, session, Budget(8 * MIB, MIB)).read()
                     assert frame is not None
                     assert isinstance(frame.record, Hello)
-                    head, _ = session.send(Welcome(frame.record.session, "stalls", (), MIB, 100 * MIB))
-                    await _there.send([head])
+                    await _there.send(session.send(Welcome(frame.record.session, "stalls", (), MIB, 100 * MIB)))
                     await anyio.wait_all_tasks_blocked()
                     scope.cancel()
 

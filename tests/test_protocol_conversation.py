@@ -387,7 +387,7 @@ class Conversation(RuleBasedStateMachine):
     @staticmethod
     def forged(session: SourceSession | TargetSession, frame: Frame, sequence: int, match: str | None = None) -> None:
         stream: int = getattr(frame.record, "stream", 0)
-        fields = (frame.record.type, stream, sequence, encode(frame.record), frame.payload, frame.flags)
+        fields = (frame.record.type, stream, sequence, encode(frame.record), [frame.payload], frame.flags)
         with pytest.raises(StreamError, match=match) as caught:
             take(session, b"".join(pack_frame(*fields, len(frame.content), session_seed(SESSION))))
         assert caught.value.record == f"{frame.record.type.name} record {sequence}"

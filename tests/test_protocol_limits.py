@@ -82,7 +82,7 @@ def later(type_: RecordType, **changes: int) -> bytes:
         ({"type": 0}, "record 1 of type 0 is not part of this format"),
         ({"type": 17}, "record 1 of type 17 is not part of this format"),
         ({"flags": 3, "payload_size": 1, "content_size": 2}, "unknown flags 0x03"),
-        ({"flags": 4}, "unknown flags 0x04"),
+        ({"flags": 8}, "unknown flags 0x08"),
         ({"sequence": 0}, "out of order"),
         ({"sequence": 2}, "out of order"),
         ({"sequence": 1 << 63}, "out of order"),
@@ -596,7 +596,7 @@ def test_deep_nesting_instead_of_a_header(type_: RecordType) -> None:
 
 def test_a_bad_header_is_named_by_the_session() -> None:
     pair = Pair.greeted(hello())
-    frame = b"".join(pack_frame(RecordType.ROUND, 0, 2, nested(1000), b"", 0, 0, SEED))
+    frame = b"".join(pack_frame(RecordType.ROUND, 0, 2, nested(1000), (), 0, 0, SEED))
     with pytest.raises(StreamError, match=r"^ROUND record 2 has a bad header"):
         take(pair.target, frame)
 

@@ -616,8 +616,7 @@ def test_a_frame_that_crosses_a_later_one() -> None:
     for record in (State(), Round(1), Capture(1, 1, 0), RoundEnd(1), End(1, 0)):
         pair.say(record)
     late = deepcopy(pair)
-    head, payload = late.target.send(Credit(CREDIT + 1))
-    take(pair.source, head + payload)
+    take(pair.source, b"".join(late.target.send(Credit(CREDIT + 1))))
 
 
 # What goes out is held to the rules of its content too.

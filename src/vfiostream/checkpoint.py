@@ -130,13 +130,12 @@ async def _read_all(frames: FrameReader, session: TargetSession) -> Contents:
         sizes[frame.record.type] += frame.prefix.content_size
         if isinstance(frame.record, Hello):
             hello = frame.record
-        if frame.prefix.flags == framing.FLAG_ZSTD and frame.content is None:
-            content = frame.prefix.content_size
+        if frame.prefix.flags == framing.FLAG_ZSTD and not frame.pieces:
+            assert frame.lease is not None
             await anyio.to_thread.run_sync(
-                decompressor.content, frame.lease.view, frame.prefix.flags, content, frame.name
+                decompressor.content, frame.lease.view, frame.prefix.flags, frame.prefix.content_size, frame.name
             )
-        frame.content = None
-        frame.lease.release()
+        frame.release()
     await frames.expect_end()
     assert hello is not None
     return _contents(hello, sizes, session.rounds, count, frames.transferred, complete=True)
@@ -186,7 +185,10 @@ def _walk(fd: int) -> Contents:
     offset, last = 0, RecordType.HELLO
     while offset + framing.PREFIX_SIZE <= size:
         raw = os.pread(fd, framing.PREFIX_SIZE, offset)
-        prefix = framing.parse_prefix(raw, seed if frames else 0, f"record {frames + 1}")
+        try:
+            prefix = framing.parse_prefix(raw, seed if frames else 0)
+        except ValueError as error:
+            raise StreamError(f"record {frames + 1}", str(error)) from error
         if not records.is_known(prefix.type) or offset + prefix.frame_size > size:
             break
         last = RecordType(prefix.type)

@@ -19,11 +19,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from vfiostream._accel import is_zero
+from vfiostream._accel import copy, is_zero
+from vfiostream.buffers import Buffer
 from vfiostream.errors import GuestError, UsageError
 
 PAGE_SIZE = 4096
 ADDRESS_SPACE = 1 << 64
+
+_STRETCH = 64 * 1024
+"""Bytes of data after which the next hole is looked for: asking a file where its data ends goes over all of it."""
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _MADV_POPULATE_WRITE = 23
@@ -47,7 +51,9 @@ class GuestRange:
     view: memoryview = field(init=False, repr=False)
     """The memory itself, shared with everybody who maps it: it changes while it is read."""
     present: int = field(init=False, default=0)
-    """Bytes from the start of the range that :meth:`make_present` has been over."""
+    """Bytes from the start of the range that are in our page tables, by :meth:`make_present`."""
+    _writes: bool = field(init=False, repr=False, default=True)
+    """Whether the file takes writes, or is only for mapping."""
     _start: int = field(init=False, repr=False)
     """Where it is mapped."""
 
@@ -76,41 +82,63 @@ class GuestRange:
     def pages(self) -> int:
         return self.length // PAGE_SIZE
 
-    def make_present(self, start: int, length: int) -> None:
-        """Have ``length`` bytes from ``start`` on (multiples of 4096, within the range) ready to be written: allocated,
-        and in our page tables. A target does so itself, just ahead of the data; one that has the time does it all
-        before. Holds the calling thread (0.25 to 1 s for each GiB), not the interpreter. Does nothing on kernels before
-        Linux 5.14. Raises :class:`~vfiostream.errors.GuestError` where there is no memory left for them: touching
-        them would kill this process.
+    def make_present(self) -> None:
+        """Have all of the range ready to be written through our mapping: allocated, and in our page tables. Worth it
+        for who has the time before a migration, as a target then receives straight into it; holds the calling thread
+        (0.25 to 1 s for each GiB), not the interpreter. Does nothing on kernels before Linux 5.14. Raises
+        :class:`~vfiostream.errors.GuestError` where there is no memory left: touching it would kill this process.
         """
-        if _LIBC.madvise(ctypes.c_void_p(self._start + start), ctypes.c_size_t(length), _MADV_POPULATE_WRITE):
-            number = ctypes.get_errno()
-            if number in (errno.EFAULT, errno.ENOMEM):
-                raise GuestError(
-                    f"there is no memory for {length} bytes at {start:#x} of guest memory {self.name} "
-                    f"({os.strerror(number)}): free some, or move to a host that has it"
-                )
-        if start <= self.present:
-            self.present = max(self.present, start + length)
+        if _LIBC.madvise(ctypes.c_void_p(self._start), ctypes.c_size_t(self.length), _MADV_POPULATE_WRITE) == 0:
+            self.present = self.length
+            return
+        number = ctypes.get_errno()
+        if number in (errno.EFAULT, errno.ENOMEM):
+            raise self._no_memory(self.length, number)
+
+    def write(self, start: int, data: Buffer) -> None:
+        """Put ``data`` at ``start``, through the file. For memory that is not present this takes half of the time:
+        the pages need not be cleared before they are written, nor come into our page tables. Raises
+        :class:`~vfiostream.errors.GuestError` where there is no memory left.
+        """
+        done = 0
+        while self._writes and done < len(data):
+            try:
+                done += os.pwrite(self.fd, memoryview(data)[done:], start + done)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT):
+                    raise self._no_memory(len(data) - done, error.errno) from error
+                self._writes = False  # Huge pages and devices can only be mapped.
+        copy(self.view[start + done : start + len(data)], memoryview(data)[done:])
+
+    def _no_memory(self, length: int, number: int) -> GuestError:
+        return GuestError(
+            f"there is no memory for {length} bytes of guest memory {self.name} ({os.strerror(number)}): free some, or "
+            "move to a host that has it"
+        )
 
     def zero(self, start: int, length: int) -> None:
         """Make ``length`` bytes from ``start`` on zeros. What is zeros already stays untouched, and what is a hole in
         the file stays one.
         """
         stop = start + length
-        while start < stop:
-            start, end = self._data(start, stop)
+        while (start := self._first_data(start, stop)) < stop:
+            end = min(stop, start + _STRETCH)
             if not is_zero(self.view[start:end]):
                 ctypes.memset(self._start + start, 0, end - start)
             start = end
 
-    def _data(self, start: int, stop: int) -> tuple[int, int]:
-        """Where the file holds data first, from ``start`` to ``stop``; nothing at ``stop`` where it is all a hole."""
+    def is_hole(self, start: int, length: int) -> bool:
+        """Whether the file holds nothing for ``length`` bytes from ``start`` on, which are zeros then; they are not
+        touched. Says no where the file does not know.
+        """
+        return self._first_data(start, start + length) == start + length
+
+    def _first_data(self, start: int, stop: int) -> int:
+        """Where the file holds data first, from ``start`` on; ``stop`` where that is not before it."""
         try:
-            first = min(stop, os.lseek(self.fd, start, os.SEEK_DATA))
-            return first, min(stop, os.lseek(self.fd, first, os.SEEK_HOLE))
+            return min(stop, os.lseek(self.fd, start, os.SEEK_DATA))
         except OSError as error:
-            return (stop, stop) if error.errno == errno.ENXIO else (start, stop)  # else it knows nothing of holes
+            return stop if error.errno == errno.ENXIO else start  # else it knows nothing of holes
 
     def close(self) -> None:
         """Let go of the mapping and the file; may be called again."""

@@ -6,7 +6,8 @@ can't be had is an ``ImportError``: whoever measures must know what ran, and :da
 Both twins take any contiguous buffer, of whatever format, as bytes. Both raise ``TypeError`` for what is not a buffer,
 ``BufferError`` for one that is not contiguous, or read only where it is written to, and ``ValueError`` for sizes and
 numbers that don't fit; nothing was written then. The native twin works without the GIL: the caller keeps other threads
-from writing to the buffers of a call. No buffer is kept after a call.
+from writing to the buffers of a call. Only memory that is copied from may be live, and then the copy may be torn. No
+buffer is kept after a call.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ if _native_built and _choice != "pure":
         gather,
         gather_check,
         is_zero,
+        nonzero_pages,
         scatter,
     )
 
@@ -55,6 +57,7 @@ else:
         gather,
         gather_check,
         is_zero,
+        nonzero_pages,
         scatter,
     )
 
@@ -72,5 +75,6 @@ __all__ = [
     "gather",
     "gather_check",
     "is_zero",
+    "nonzero_pages",
     "scatter",
 ]

@@ -1,9 +1,10 @@
 # cython: language_level=3, cdivision=True
 """The native twin: the functions of ``_pure.py``, which says what each means, without the GIL.
 
-The loops that a processor's vector units make faster are in C (``kernels.h``). Everything is checked before anything is written. Where memory is reached through numbers from a buffer (the runs), each
-number is read once more and checked again right before its use: runs that change underneath give wrong bytes, never an
-access out of bounds. Words are read with memcpy, as views may start anywhere.
+The loops that a processor's vector units make faster are in C (``kernels.h``). Everything is checked before anything is
+written. Where memory is reached through numbers from a buffer (the runs), each number is read once more and checked
+again right before its use: runs that change underneath give wrong bytes, never an access out of bounds. Words are read
+with memcpy, as views may start anywhere.
 """
 
 import sys
@@ -15,12 +16,17 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyOb
 from libc.stdint cimport uint64_t
 from libc.string cimport memcpy, memmove, memset
 
+cdef extern from "<sys/mman.h>" nogil:
+    enum:
+        MADV_HUGEPAGE
+    int madvise(void *, size_t, int)
+
 cdef extern from "kernels.h" nogil:
     enum:
         SEARCH_ROOM
 
     ctypedef struct Check:
-        bint zero
+        pass
 
     ctypedef struct Search:
         const unsigned char *bitmap
@@ -34,14 +40,19 @@ cdef extern from "kernels.h" nogil:
         const char *level
         void (*check_start)(Check *, const unsigned char *, const unsigned char *, size_t, uint64_t) noexcept nogil
         void (*check_copy)(Check *, unsigned char *, const unsigned char *, size_t) noexcept nogil
-        uint64_t (*check_finish)(Check *, const unsigned char *) noexcept nogil
+        bint (*check_finish)(Check *, const unsigned char *, uint64_t *) noexcept nogil
         bint (*is_zero)(const unsigned char *, size_t) noexcept nogil
         uint64_t (*count_bits)(const unsigned char *, uint64_t) noexcept nogil
+        void (*extract)(const unsigned char *, int, uint64_t, unsigned char *) noexcept nogil
         bint (*find_runs)(Search *) noexcept nogil
+        uint64_t (*count_left)(const Search *) noexcept nogil
 
     int kernels_here(const Kernels **)
 
 cdef const Kernels *kernels
+
+# Numbers in an array of runs (1 MiB) from which on what is left is counted before more memory is taken, once.
+cdef size_t COUNT_FROM = 1 << 17
 
 
 def levels():
@@ -92,6 +103,23 @@ def is_zero(data):
     return zero
 
 
+def nonzero_pages(data, page_size, bitmap):
+    cdef View view = View(data, PyBUF_SIMPLE)
+    cdef View found = View(bitmap, PyBUF_WRITABLE)
+    cdef uint64_t size = checked_page_size(page_size)
+    cdef uint64_t pages = view.size // size
+    cdef uint64_t count = 0
+    cdef uint64_t n
+    check_pages(view.size, page_size, found.size)
+    with nogil:
+        memset(found.start, 0, found.size)
+        for n in range(pages):
+            if not kernels.is_zero(view.start + n * size, size):
+                found.start[n // 8] |= 1 << (n % 8)
+                count += 1
+    return count
+
+
 def copy(dst, src):
     cdef View target = View(dst, PyBUF_WRITABLE)
     cdef View source = View(src, PyBUF_SIMPLE)
@@ -106,16 +134,14 @@ def copy_check(dst, src, head, seed):
     cdef View above = View(head, PyBUF_SIMPLE)
     cdef uint64_t start = checked_seed(seed)
     cdef Check check
-    cdef uint64_t digest = 0
-    cdef bint zero
+    cdef uint64_t digest
+    cdef bint found
     check_same_length(target, source)
     with nogil:
         kernels.check_start(&check, target.start, above.start, above.size, start)
         kernels.check_copy(&check, target.start, source.start, target.size)
-        zero = check.zero and target.size
-        if not zero:
-            digest = kernels.check_finish(&check, target.start + target.size)
-    return None if zero else digest
+        found = kernels.check_finish(&check, target.start + target.size, &digest)
+    return digest if found else None
 
 
 # ---- bitmaps
@@ -130,17 +156,32 @@ def bitmap_runs(bitmap, bits, gap=0):
     search.bitmap = view.start
     search.bits = bits
     search.gap = min(gap, bits)
-    cdef Array runs = clone(array("Q"), 2 * SEARCH_ROOM, False)
+    # Enough for noise of 1 %: what is not used is given back untouched.
+    cdef Array runs = clone(array("Q"), min(search.bits // 32, COUNT_FROM) + SEARCH_ROOM, False)
     cdef bint done = False
+    cdef size_t capacity
     while True:
         search.out = <uint64_t *>runs.data.as_voidptr
         search.capacity = len(runs)
         with nogil:
             done = kernels.find_runs(&search)
-        # Memory that was never touched costs nothing, and large blocks grow and shrink without being copied.
-        resize(runs, search.length if done else 2 * search.capacity)
+            if done:
+                capacity = search.length
+            elif search.capacity < COUNT_FROM:
+                capacity = 2 * search.capacity
+            else:
+                capacity = search.length + 2 * kernels.count_left(&search) + 2 * SEARCH_ROOM
+        resize(runs, capacity)
         if done:
             return runs
+        if search.capacity >= COUNT_FROM:
+            ask_for_large_pages(runs.data.as_voidptr, capacity * sizeof(uint64_t))
+
+
+cdef ask_for_large_pages(void *start, size_t size):
+    """Runs of noise are larger than their bitmap, and the first touch of small pages takes longer than finding them."""
+    cdef size_t offset = -<size_t>start & 0xFFFF  # No processor's small pages are larger than 64 KiB.
+    madvise(<char *>start + offset, size - offset, MADV_HUGEPAGE)  # Where there are none all is as it was.
 
 
 def bitmap_merge(dst, src):
@@ -176,25 +217,11 @@ def bitmap_extract(bitmap, first, bits, out):
         raise ValueError(f"{bits} bits from bit {first} on are not in a bitmap of {source.size} bytes")
     if target.size != (bits + 7) // 8:
         raise ValueError(f"{bits} bits do not fill {target.size} bytes")
-    cdef const unsigned char *read = source.start + <Py_ssize_t>(first // 8)
-    cdef const unsigned char *end = source.start + source.size
-    cdef unsigned char *written = target.start
-    cdef Py_ssize_t size = target.size
-    cdef Py_ssize_t n
+    cdef Py_ssize_t byte = first // 8
     cdef int shift = first % 8
-    cdef int rest = bits % 8
+    cdef uint64_t count = bits
     with nogil:
-        if shift == 0:
-            memmove(written, read, size)
-        elif size:
-            for n in range(size - 1):
-                written[n] = read[n] >> shift | read[n + 1] << (8 - shift)
-            # What the last byte takes from may be the last there is.
-            written[size - 1] = read[size - 1] >> shift
-            if read + size < end:
-                written[size - 1] |= read[size] << (8 - shift)
-        if rest:
-            written[size - 1] &= (1 << rest) - 1
+        kernels.extract(source.start + byte, shift, count, target.start)
 
 
 def bitmap_count(bitmap, bits):
@@ -255,20 +282,16 @@ def gather_check(memory, runs, index, skip, out, page_size, head, seed):
     cdef Walk walk = start_walk(pairs, index, skip, source, size)
     cdef Walk trial = walk
     cdef uint64_t pages
-    cdef uint64_t digest = 0
-    cdef bint sound
-    cdef bint zero = False
+    cdef uint64_t digest
+    cdef bint sound, found
     with nogil:
         kernels.check_start(&check, target.start, above.start, above.size, start)
         walk.check = &check
         sound = step(&trial, room, &pages, NULL, MEASURE) and step(&walk, room, &pages, target.start, GATHER_CHECK)
-        if sound:
-            zero = check.zero and pages
-            if not zero:
-                digest = kernels.check_finish(&check, target.start + pages * size)
+        found = sound and kernels.check_finish(&check, target.start + pages * size, &digest)
     if not sound:
         raise_outside(trial)
-    return pages * size, walk.index, walk.skip, None if zero else digest
+    return pages * size, walk.index, walk.skip, digest if found else None
 
 
 def scatter(memory, runs, index, skip, data, page_size):
@@ -342,6 +365,11 @@ cdef raise_outside(Walk walk):
 cdef check_same_length(View dst, View src):
     if dst.size != src.size:
         raise ValueError(f"the destination has {dst.size} bytes and the source {src.size}")
+
+
+cdef check_pages(Py_ssize_t size, page_size, Py_ssize_t bitmap_size):
+    if size % page_size or bitmap_size != (size // page_size + 7) // 8:
+        raise ValueError(f"a bitmap of {bitmap_size} bytes is not one of the {page_size} byte pages of {size} bytes")
 
 
 cdef check_bits(View bitmap, bits):

@@ -32,6 +32,21 @@ def is_zero(data: Buffer) -> bool:
     return True
 
 
+def nonzero_pages(data: Buffer, page_size: int, bitmap: bytearray | memoryview) -> int:
+    """Set bit n of ``bitmap`` where page n of ``data`` (whole pages) has a byte that is not zero, clear the others, and
+    return how many are set.
+    """
+    view, found = _readable(data), _writable(bitmap)
+    pages, rest = divmod(len(view), _checked_page_size(page_size))
+    if rest or len(found) != (pages + 7) // 8:
+        raise ValueError(
+            f"a bitmap of {len(found)} bytes is not one of the {page_size} byte pages of {len(view)} bytes"
+        )
+    bits = [not is_zero(view[n * page_size : (n + 1) * page_size]) for n in range(pages)]
+    found[:] = sum(bit << n for n, bit in enumerate(bits)).to_bytes(len(found), "little")
+    return sum(bits)
+
+
 def copy(dst: bytearray | memoryview, src: Buffer) -> None:
     """Copy ``src`` to ``dst``, which is as long; they may overlap."""
     target, source = _writable(dst), _readable(src)

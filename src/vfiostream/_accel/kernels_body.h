@@ -4,8 +4,13 @@
 #include <endian.h>
 #include <string.h>
 
-/* A copy is looked at in blocks of this size, which the nearest caches hold together with their source. */
-#define BLOCK (16 << 10)
+/* A copy is looked at in pieces of this size. Smaller ones start the processor's copying and prefetching too often (16 KiB
+ * takes a fifth longer), larger ones don't stay in every second-level cache together with their source.
+ */
+#define PIECE (64 << 10)
+
+/* So many edges are made runs at a time, while they are in the cache. */
+#define SETTLE 2048
 
 /* Bytes that are tested without a branch between them. */
 #define STRIDE 64
@@ -33,139 +38,199 @@ static void check_start(Check *check, const unsigned char *dst, const unsigned c
     XXH3_INITSTATE(&check->state);
     XXH3_64bits_reset_withSeed(&check->state, seed);
     XXH3_64bits_update(&check->state, head, head_size);
-    check->hashed = dst;
+    check->hashed = check->seen = dst;
     check->zero = true;
 }
 
-static void check_catch_up(Check *check, const unsigned char *end)
+/* Look at what was copied since the last look, which ends at `end`. Zeros are hashed only when something else follows. */
+static void check_look(Check *check, const unsigned char *end)
 {
-    XXH3_64bits_update(&check->state, check->hashed, (size_t)(end - check->hashed));
-    check->hashed = end;
+    check->zero = check->zero && is_zero(check->seen, (size_t)(end - check->seen));
+    check->seen = end;
+    if (!check->zero) {
+        XXH3_64bits_update(&check->state, check->hashed, (size_t)(end - check->hashed));
+        check->hashed = end;
+    }
 }
 
 static void check_copy(Check *check, unsigned char *dst, const unsigned char *src, size_t size)
 {
     while (size) {
-        size_t block = size < BLOCK ? size : BLOCK;
-        memcpy(dst, src, block);
+        size_t part = PIECE - (size_t)(dst - check->seen);
+        if (part > size)
+            part = size;
+        memcpy(dst, src, part);
         /* The source may change meanwhile: the compiler must not read it in place of its copy. */
         __asm__ volatile("" ::: "memory");
-        if (check->zero)
-            check->zero = is_zero(dst, block);
-        dst += block;
-        src += block;
-        size -= block;
-        if (!check->zero)
-            check_catch_up(check, dst); /* Zeros are hashed only when something else follows. */
+        dst += part;
+        src += part;
+        size -= part;
+        if (dst - check->seen == PIECE)
+            check_look(check, dst);
     }
 }
 
-static uint64_t check_finish(Check *check, const unsigned char *end)
+static bool check_finish(Check *check, const unsigned char *end, uint64_t *digest)
 {
-    check_catch_up(check, end);
-    return XXH3_64bits_digest(&check->state);
+    check_look(check, end);
+    if (check->zero && check->hashed != end)
+        return false;
+    *digest = XXH3_64bits_digest(&check->state);
+    return true;
 }
 
 /* ---- bitmaps */
 
-/* The 64 bits from `base` on, those from `bits` on zero and not read. */
-static inline uint64_t word_at(const unsigned char *bitmap, uint64_t base, uint64_t bits)
+/* The 64 bits that begin with byte `at`. */
+static inline uint64_t word_at(const unsigned char *at)
 {
-    uint64_t word = 0, left = bits - base;
-    if (left >= 64) {
-        memcpy(&word, bitmap + base / 8, 8);
-        return le64toh(word);
-    }
-    memcpy(&word, bitmap + base / 8, (left + 7) / 8);
-    return le64toh(word) & ((UINT64_C(1) << left) - 1);
+    uint64_t word;
+    memcpy(&word, at, 8);
+    return le64toh(word);
+}
+
+/* The last bits, fewer than 64, as a word; none beyond them is read. */
+static uint64_t last_word(const unsigned char *at, uint64_t bits)
+{
+    uint64_t word = 0;
+    memcpy(&word, at, (bits + 7) / 8);
+    return le64toh(word) & ((UINT64_C(1) << bits) - 1);
 }
 
 static uint64_t count_bits(const unsigned char *bitmap, uint64_t bits)
 {
-    uint64_t count = 0, base = 0, words = bits / 64;
-    for (uint64_t n = 0; n < words; n++) {
-        uint64_t word;
-        memcpy(&word, bitmap + 8 * n, 8);
-        count += (uint64_t)__builtin_popcountll(word);
-    }
-    base = 64 * words;
-    if (base < bits)
-        count += (uint64_t)__builtin_popcountll(word_at(bitmap, base, bits));
-    return count;
+    uint64_t count = 0, words = bits / 64;
+    for (uint64_t n = 0; n < words; n++)
+        count += (uint64_t)__builtin_popcountll(word_at(bitmap + 8 * n));
+    return count + (uint64_t)__builtin_popcountll(last_word(bitmap + 8 * words, bits % 64));
 }
 
-/* Append the bits that differ from the one below them: starts and ends of runs in turn. */
-static inline void add_edges(Search *search, uint64_t word)
+/* 64 bits from bit `shift` of byte `at` on; nine bytes are read. */
+static inline uint64_t shifted_word(const unsigned char *at, int shift)
 {
-    uint64_t edges = word ^ (word << 1 | search->before);
+    return word_at(at) >> shift | word_at(at + 1) << (8 - shift);
+}
+
+static void extract(const unsigned char *bitmap, int shift, uint64_t bits, unsigned char *out)
+{
+    if (bits == 0)
+        return;
+    uint64_t words = (bits - 1) / 64, rest = bits - 64 * words;
+    for (uint64_t n = 0; n < words; n++) {
+        uint64_t word = htole64(shifted_word(bitmap + 8 * n, shift)); /* More bits follow, so the ninth byte is there. */
+        memcpy(out + 8 * n, &word, 8);
+    }
+    unsigned char last[9] = {0};
+    memcpy(last, bitmap + 8 * words, (rest + (uint64_t)shift + 7) / 8);
+    uint64_t word = htole64(shifted_word(last, shift) & UINT64_MAX >> (64 - rest));
+    memcpy(out + 8 * words, &word, (rest + 7) / 8);
+}
+
+/* Append the bits that differ from the one below them, starts and ends of runs in turn; returns the end of `out`. */
+static inline uint64_t *add_edges(uint64_t *out, uint64_t edges, uint64_t base)
+{
     size_t count = (size_t)__builtin_popcountll(edges);
-    uint64_t *out = search->out + search->length;
-    search->before = word >> 63;
-    search->length += count;
     /* Four at a time whether they are there or not: a branch for each would be guessed wrong too often. */
     for (size_t done = 0;; done += 4) {
-        for (int n = 0; n < 4; n++) {
-            *out++ = search->base + (edges ? (uint64_t)__builtin_ctzll(edges) : 0);
+        for (size_t n = 0; n < 4; n++) {
+            out[done + n] = base + (uint64_t)__builtin_ctzll(edges | UINT64_C(1) << 63);
             edges &= edges - 1;
         }
         if (done + 4 >= count)
-            break;
+            return out + count;
     }
 }
 
-/* Make runs (first bit, count) of the edges (first bit, end) found so far, but for the last, which may still grow. */
+/* Make runs (first bit, count) of the edges (first bit, end) found so far. */
 static void settle(Search *search)
 {
     uint64_t *out = search->out;
-    size_t last = search->settled, next = last + 2;
-    if (search->length < next)
+    size_t last = search->settled, next = last + 2, length = search->length;
+    if (search->gap == 0) {
+        for (; next <= length; next += 2)
+            out[next - 1] -= out[next - 2];
+        search->settled = next - 2;
         return;
-    for (; next + 2 <= search->length; next += 2) {
-        uint64_t first = out[next], end = out[next + 1];
-        if (first - out[last + 1] > search->gap) {
+    }
+    if (length < next)
+        return;
+    /* The last one stays as it is: what is found next may join it. */
+    for (; next + 2 <= length; next += 2) {
+        if (out[next] - out[last + 1] > search->gap) {
             out[last + 1] -= out[last];
             last += 2;
-            out[last] = first;
+            out[last] = out[next];
         }
-        out[last + 1] = end;
+        out[last + 1] = out[next + 1];
     }
     search->settled = last;
-    if (next < search->length)
-        out[last + 2] = out[next]; /* The run that is open. */
-    search->length -= next - (last + 2);
+    if (next < length)
+        out[last + 2] = out[next]; /* The start of a run that is open. */
+    search->length = length - next + last + 2;
 }
 
-static bool find_runs(Search *search)
+/* Close what is open; false where there is no room for it. */
+static bool finish_runs(Search *search)
 {
-    while (search->base < search->bits) {
-        uint64_t left = search->bits - search->base;
-        if (left >= 512) {
-            /* Where no bit differs from the one before the block there is nothing to find. */
-            uint64_t same = 0 - search->before, differ = 0, words[8];
-            memcpy(words, search->bitmap + search->base / 8, 64);
-            for (int n = 0; n < 8; n++)
-                differ |= words[n] ^ same;
-            if (!differ) {
-                search->base += 512;
-                continue;
-            }
-        }
-        if (search->length - search->settled >= 4096)
-            settle(search); /* While they are in the cache. */
-        if (search->capacity - search->length < SEARCH_ROOM)
-            return false;
-        for (uint64_t end = search->base + (left < 512 ? left : 512); search->base < end; search->base += 64)
-            add_edges(search, word_at(search->bitmap, search->base, search->bits));
-    }
     if (search->capacity - search->length < SEARCH_ROOM)
         return false;
     if (search->before)
         search->out[search->length++] = search->bits;
-    search->before = 0;
     settle(search);
-    if (search->length)
+    if (search->settled < search->length)
         search->out[search->settled + 1] -= search->out[search->settled];
     return true;
 }
 
-const Kernels LEVEL = {LEVEL_NAME, check_start, check_copy, check_finish, is_zero, count_bits, find_runs};
+static bool find_runs(Search *search)
+{
+    const unsigned char *bitmap = search->bitmap;
+    uint64_t bits = search->bits;
+    /* Not in the search: the compiler would have to think that writing to `out` changes them. */
+    uint64_t base = search->base, before = search->before;
+    bool room = true;
+    while (base < bits) {
+        uint64_t left = bits - base;
+        if (left >= 512) {
+            /* Where no bit differs from the one before the block there is nothing to find. */
+            uint64_t same = 0 - before, differ = 0, words[8];
+            memcpy(words, bitmap + base / 8, 64);
+            for (int n = 0; n < 8; n++)
+                differ |= words[n] ^ same;
+            if (!differ) {
+                base += 512;
+                continue;
+            }
+        }
+        if (search->length - search->settled >= SETTLE)
+            settle(search);
+        room = search->capacity - search->length >= SEARCH_ROOM;
+        if (!room)
+            break;
+        uint64_t *out = search->out + search->length;
+        for (uint64_t end = base + (left < 512 ? left : 512); base < end; base += 64) {
+            uint64_t word = bits - base >= 64 ? word_at(bitmap + base / 8) : last_word(bitmap + base / 8, bits - base);
+            out = add_edges(out, word ^ (word << 1 | before), base);
+            before = word >> 63;
+        }
+        search->length = (size_t)(out - search->out);
+    }
+    search->base = base < bits ? base : bits;
+    search->before = before;
+    return room && finish_runs(search);
+}
+
+static uint64_t count_left(const Search *search)
+{
+    const unsigned char *bitmap = search->bitmap + search->base / 8;
+    uint64_t left = search->bits - search->base, words = left / 64, count = 0;
+    if (words)
+        count = (uint64_t)__builtin_popcountll(word_at(bitmap)); /* More than there are in the first word, often. */
+    for (uint64_t n = 1; n < words; n++) {
+        uint64_t word = word_at(bitmap + 8 * n), below = word << 1 | word_at(bitmap + 8 * n - 8) >> 63;
+        count += (uint64_t)__builtin_popcountll(word & ~below);
+    }
+    return count + 64; /* In what is left of the last word. */
+}
+
+const Kernels LEVEL = {LEVEL_NAME, check_start, check_copy, check_finish, is_zero, count_bits, extract, find_runs, count_left};

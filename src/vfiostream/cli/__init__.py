@@ -25,6 +25,10 @@ COMMANDS = {
     "inspect": ("vfiostream.cli.checkpoint", "Say what is in a checkpoint, without checking all of it."),
     "verify": ("vfiostream.cli.checkpoint", "Check every byte of a checkpoint."),
     "check": ("vfiostream.cli.check", "Say whether DEVICE can move, and whether it can go THERE; moves nothing."),
+    "bench": (
+        "vfiostream.cli.bench",
+        "Measure what this machine and a link do to a migration, without a device.",
+    ),
 }
 """Module and purpose of each command; the command's name is that of its function."""
 

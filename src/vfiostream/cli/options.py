@@ -15,6 +15,7 @@ from vfiostream.cli.values import (
     option_time,
     option_type,
     parse_guest_memory,
+    parse_level,
     parse_rate,
     parse_size,
     parse_time,
@@ -142,8 +143,8 @@ _SETTINGS: dict[str, Decorator] = {
 
 def _compression(level: int) -> Decorator:
     return click.option(
-        "--compress", "compression", type=click.IntRange(0, 19), metavar="LEVEL", default=level, show_default=True,
-        help="zstd level, 1 to 19; 0 for none.",
+        "--compress", "compression", type=option_type(parse_level), metavar="LEVEL", default=str(level),
+        show_default=True, help="zstd level, 1 to 19; 0 for none; adaptive for what moves most here and now.",
     )  # fmt: skip
 
 

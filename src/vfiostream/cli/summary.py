@@ -6,6 +6,7 @@ from typing import Any
 
 from vfiostream.cli.report import Result
 from vfiostream.cli.values import show_rate, show_size, show_time
+from vfiostream.pipeline.adaptive import Statistics
 from vfiostream.pipeline.progress import Summary
 
 
@@ -27,8 +28,21 @@ def document(summary: Summary) -> dict[str, Any]:
         "downtime": downtime._asdict(),
         "throughput": summary.throughput,
         "peak_buffers": summary.peak_buffers,
+        "compression": None if summary.compression is None else _compression(summary.compression),
         "warnings": list(summary.warnings),
     }
+
+
+def _compression(chosen: Statistics) -> dict[str, Any]:
+    return {
+        "level": chosen.level,
+        "changes": chosen.changes,
+        "uses": [{"level": level, **use._asdict()} for level, use in chosen.uses.items()],
+    }
+
+
+def _name(level: int | None) -> str:
+    return "raw" if level is None else f"zstd {level}"
 
 
 def lines(summary: Summary) -> list[str]:
@@ -38,6 +52,12 @@ def lines(summary: Summary) -> list[str]:
         f"content      {show_size(summary.content)}, {show_rate(summary.throughput)}",
         f"transferred  {show_size(summary.transferred)}",
     ]
+    if summary.compression is not None:
+        uses = [
+            f"{_name(level)} {show_size(use.content)} as {show_size(use.payload)}"
+            for level, use in summary.compression.uses.items()
+        ]
+        found.append(f"compression  {', '.join(uses) or 'nothing but zeros'}")
     phases = ", ".join(f"{name} {show_time(seconds)}" for name, seconds in summary.downtime._asdict().items())
     found.append(f"downtime     {show_time(summary.downtime.total)}: {phases}")
     found.append(f"buffers      {show_size(summary.peak_buffers)} at most")

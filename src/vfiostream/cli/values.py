@@ -6,9 +6,11 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import click
+
+from vfiostream.protocol.payload import MAX_LEVEL
 
 T = TypeVar("T")
 
@@ -54,6 +56,15 @@ def parse_time(text: str) -> float:
     if match is None or match[2] not in _TIMES:
         raise ValueError(f"{text!r} is not a time: write a number with ms or s, such as 300ms")
     return float(Fraction(match[1]) * _TIMES[match[2]])
+
+
+def parse_level(text: str) -> int | Literal["adaptive"]:
+    """A zstd level of ``text``, 0 for none, or ``adaptive``; raises ValueError."""
+    if text == "adaptive":
+        return "adaptive"
+    if re.fullmatch("[0-9]{1,2}", text) is None or int(text) > MAX_LEVEL:
+        raise ValueError(f"{text!r} is not a level of compression: write 0 for none, 1 to {MAX_LEVEL}, or adaptive")
+    return int(text)
 
 
 def parse_guest_memory(text: str) -> tuple[int, Path]:

@@ -158,8 +158,8 @@ class Device(Closing):
 
     @abstractmethod
     def fill(self, count: int) -> bool:
-        """The first ``count`` bytes (more than 0) of the :meth:`room` are there, and right. Returns whether :meth:`deliver` comes
-        next, before any other call but :meth:`abandon`. More than there was room for is a
+        """The first ``count`` bytes (more than 0) of the :meth:`room` are there, and right. Returns whether
+        :meth:`deliver` comes next, before any other call but :meth:`abandon`. More than there was room for is a
         :class:`~vfiostream.errors.LocalProtocolError`.
         """
 

@@ -192,7 +192,9 @@ class FourRegionDevice(Device):
             if reading.done == reading.fetched:
                 await self._control.get_memory(reading.done)
                 reading.fetched = min(reading.size, reading.done + reading.region.size)
-            got = await reading.region.next(reading.done % reading.region.size, min(most, reading.fetched - reading.done))
+            got = await reading.region.next(
+                reading.done % reading.region.size, min(most, reading.fetched - reading.done)
+            )
             reading.done += len(got)
             return got
 

@@ -23,7 +23,7 @@ def hello(
         return Hello(
             session,
             SOFTWARE,
-            ("zstd",) if settings.compression else (),
+            ("sparse", "zstd") if settings.compression else ("sparse",),
             settings.chunk,
             tuple(_entry(stream, device) for stream, device in devices),
             tuple(RangeEntry(stream, area.address, area.length) for stream, area in ranges),

@@ -16,8 +16,8 @@ from vfiostream.errors import ConnectionLost, StreamError, VfiostreamError
 from vfiostream.pipeline.budget import Budget, Lease
 from vfiostream.protocol import framing, records
 from vfiostream.protocol.framing import Prefix
-from vfiostream.protocol.payload import Decompressor
-from vfiostream.protocol.records import Bitmap, Record
+from vfiostream.protocol.payload import Decompressor, Piece, pieces
+from vfiostream.protocol.records import Record, RecordType
 from vfiostream.protocol.sessions import SourceSession, TargetSession
 from vfiostream.transports.contract import Transport
 
@@ -29,7 +29,7 @@ LOOKAHEAD = 4096
 """Bytes that may come ahead of the frame that is read: some headers' worth, and little to copy where it is payload."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Incoming:
     """A frame from the source, checked, accepted by the session."""
 
@@ -39,8 +39,8 @@ class Incoming:
     """Its payload (maybe of no bytes), and room in the budget for the content where that is compressed; the loader's to
     release. None where the payload was received in its place.
     """
-    content: Buffer | None = None
-    """What the payload stands for; set by whoever decompresses."""
+    pieces: Sequence[Piece] = ()
+    """What the payload stands for; of one that is compressed, set by whoever decompresses it."""
 
     @property
     def name(self) -> str:
@@ -48,7 +48,7 @@ class Incoming:
 
     def release(self) -> None:
         """Let go of payload and content."""
-        self.content = None
+        self.pieces = ()
         if self.lease is not None:
             self.lease.release()
 
@@ -96,37 +96,43 @@ class FrameReader:
         checked on its own, the header with the body. Raises :class:`~vfiostream.errors.StreamError` for a frame that
         must not be believed, and the transport's errors.
         """
-        where = self._session.next_record
         while self._end - self._start < framing.PREFIX_SIZE:
             if not await self._receive_ahead():
                 if self._start == self._end:
                     return None
-                raise self._short(where, self._end - self._start, framing.PREFIX_SIZE)
+                raise self._short(self._session.next_record, self._end - self._start, framing.PREFIX_SIZE)
         prefix = self._session.parse(self._take(framing.PREFIX_SIZE))
         header = memoryview(bytearray(prefix.header_size))
-        await self._fill([header], prefix)
+        await self._fill(header, prefix)
         return prefix, header
 
-    async def body(self, prefix: Prefix, header: Buffer, place: Sequence[memoryview]) -> Incoming:
+    async def body(self, prefix: Prefix, header: Buffer, place: memoryview) -> Incoming:
         """Receive the payload into ``place``, which is as large as it, and check and accept the frame. Where this
         raises, what is in ``place`` is not to be used. Errors as :meth:`head`.
         """
         await self._fill(place, prefix)
-        self._session.check(prefix, header, place)
-        content = None
-        if prefix.type == Bitmap.type:
+        self._session.check(prefix, header, (place,))
+        found: Sequence[Piece] = ()
+        bitmap: Buffer | None = None
+        if prefix.type == RecordType.BITMAP:
             where = records.name_of(prefix.type, prefix.sequence)
-            content = self._decompressor.content(place[0], prefix.flags, prefix.content_size, where)
-        record = self._session.receive(prefix, header, content)
+            bitmap = self._decompressor.content(place, prefix.flags, prefix.content_size, where)
+            found = [Piece(prefix.content_size, bitmap)]
+        elif prefix.flags != framing.FLAG_ZSTD:
+            try:
+                found = pieces(place, prefix.flags, prefix.content_size)
+            except ValueError as error:
+                raise StreamError(records.name_of(prefix.type, prefix.sequence), str(error)) from error
+        record = self._session.receive(prefix, header, bitmap)
         self.transferred += prefix.frame_size
-        return Incoming(record, prefix, content=content)
+        return Incoming(record, prefix, pieces=found)
 
     async def leased_body(self, prefix: Prefix, header: Buffer) -> Incoming:
         """As :meth:`body`, into memory of the budget."""
         expands = prefix.content_size if prefix.flags == framing.FLAG_ZSTD else 0
         lease = await self._budget.take(prefix.payload_size, expands)
         try:
-            frame = await self.body(prefix, header, [lease.view])
+            frame = await self.body(prefix, header, lease.view)
         except BaseException:
             lease.release()
             raise
@@ -147,32 +153,20 @@ class FrameReader:
         """What to raise where :meth:`head` or :meth:`read` returned None too early."""
         return _cut(self._transport, self._session.next_record, "is missing: the stream ends where it should come")
 
-    async def _fill(self, place: Sequence[memoryview], prefix: Prefix) -> None:
+    async def _fill(self, place: memoryview, prefix: Prefix) -> None:
         """Fill ``place``, which is for a part of the frame of ``prefix``, with what has come already, then with what
         comes.
         """
-        done = 0
-        left = []
-        for view in place:
-            count = min(len(view), self._end - self._start)
-            if count:
-                view[:count] = self._take(count)
-                done += count
-            if count < len(view):
-                left.append(view[count:])
-        while left:
+        done = min(len(place), self._end - self._start)
+        place[:done] = self._take(done)
+        while done < len(place):
             # Here nothing is ahead any more.
-            got = await self._transport.receive([*left, self._ahead])
+            got = await self._transport.receive([place[done:], self._ahead], len(place) - done)
             if got == 0:
-                where = records.name_of(prefix.type, prefix.sequence)
-                raise self._short(where, done, sum(map(len, place)))
+                raise self._short(records.name_of(prefix.type, prefix.sequence), done, len(place))
             done += got
-            while left and got >= len(left[0]):
-                got -= len(left.pop(0))
-            if left:
-                left[0] = left[0][got:]
-            else:
-                self._start, self._end = 0, got
+        if done > len(place):
+            self._start, self._end = 0, done - len(place)
 
     async def _receive_ahead(self) -> bool:
         """Receive more than has come already; False where the stream ends."""
@@ -205,7 +199,7 @@ async def read_reply(transport: Transport, session: SourceSession) -> Record | N
     return session.receive(prefix, header)
 
 
-async def part(transport: Transport, last_words: Buffer = b"") -> None:
+async def part(transport: Transport, last_words: Sequence[Buffer] = ()) -> None:
     """Say ``last_words`` (a frame) and that nothing more comes, then read and forget what still does: a link that is
     closed with unread bytes is reset, and the peer then never reads what we said last. Takes :data:`LINGER` seconds at
     most, and raises nothing: what can't be said is only logged.
@@ -213,7 +207,7 @@ async def part(transport: Transport, last_words: Buffer = b"") -> None:
     scrap = memoryview(bytearray(64 * 1024))
     with anyio.move_on_after(LINGER):
         try:
-            await transport.send([last_words])
+            await transport.send(last_words)
             await transport.finish()
             while await transport.receive([scrap]):
                 pass

@@ -13,24 +13,25 @@ The sender and the compressors run in the source's task group.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from time import perf_counter
 
 import anyio
 
 from vfiostream import _accel
 from vfiostream.buffers import Buffer
 from vfiostream.errors import ConnectionLost
+from vfiostream.pipeline.adaptive import Adaptive, Choice, Choices, Fixed
 from vfiostream.pipeline.budget import Budget, Lease
 from vfiostream.pipeline.frames import LINGER, Pace
 from vfiostream.pipeline.progress import Progress
 from vfiostream.pipeline.settings import Settings
 from vfiostream.pipeline.workers import Workers
 from vfiostream.protocol import framing
-from vfiostream.protocol.payload import Compressor, bound, is_zero
+from vfiostream.protocol.payload import Compressor, bound, shrunk
 from vfiostream.protocol.records import Bitmap, Config, Memory, Pages, Pci, Record
 from vfiostream.protocol.sessions import SourceSession
 from vfiostream.transports.contract import Transport
@@ -53,15 +54,20 @@ class Outgoing:
     """A record on its way out."""
 
     record: Record
-    payload: Buffer = b""
+    payload: Sequence[Buffer] = ()
+    """In pieces."""
     content_size: int = 0
     flags: int = 0
     check: int | None = None
     """Of header and payload, if it is known."""
     lease: Lease | None = None
     """Where its content lies; given back when it is sent."""
+    choice: Choice | None = None
+    """What was to be done with its content; None for what is not asked about."""
     packing: bool = False
     """Whether a compressor still has it."""
+    awaited: float = 0.0
+    """Seconds that the sender waited for the compressor."""
 
 
 class Cost:
@@ -93,6 +99,7 @@ class Outbound:
         self._pace = Pace(settings.max_bandwidth)
         self.budget = Budget(settings.budget, settings.chunk)
         self.compressors = Workers(Compressor, COMPRESSORS)
+        self._choices: Choices | None = None
         self.content = 0
         """Bytes of content that were put in line, but bitmaps."""
         self.whole = True
@@ -104,6 +111,8 @@ class Outbound:
         self.driver = Cost()
         """What collecting device memory takes the driver."""
         self._link = Cost()
+        self._packing = 0
+        """Records in line that compressors still have."""
         self._line: deque[Outgoing] = deque()
         """The first is the one that is being sent."""
         self._news = anyio.Event()
@@ -116,8 +125,16 @@ class Outbound:
 
     @property
     def compresses(self) -> bool:
-        """Whether both ends agreed to compress; known after the greeting."""
+        """Whether both ends agreed that content may be compressed; known after the greeting."""
         return bool(self._settings.compression) and "zstd" in self._session.features
+
+    @property
+    def choices(self) -> Choices:
+        """Who says what is compressed, and how; known after the greeting."""
+        if self._choices is None:
+            wanted = self._settings.compression if self.compresses else None
+            self._choices = Adaptive(COMPRESSORS) if wanted == "adaptive" else Fixed(wanted)
+        return self._choices
 
     # ---- in line
 
@@ -131,35 +148,41 @@ class Outbound:
 
     def put_bitmap(self, record: Bitmap, lease: Lease) -> None:
         """Put a bitmap in line; the lease is the line's from here on."""
-        self._append(Outgoing(record, lease.view, len(lease.view), lease=lease))
+        self._append(Outgoing(record, (lease.view,), len(lease.view), lease=lease))
 
-    def put_copied(self, record: Memory | Pages | Config | Pci, lease: Lease, check: int | None) -> None:
+    def put_copied(
+        self, record: Memory | Pages | Config | Pci, lease: Lease, check: int | None, choice: Choice | None = None
+    ) -> None:
         """Put content in line that was copied to ``lease``, which is the line's from here on. ``check`` is the check
-        value of header and content; None where the content is zeros.
+        value of header and content; None where the content is zeros. ``choice`` is what was chosen for it, if it was.
         """
         size = len(lease.view)
         self._count(size)
         if check is None:
             lease.release()
-            self._append(Outgoing(record, b"", size, framing.FLAG_ZERO))
+            self._append(Outgoing(record, (), size, framing.FLAG_ZERO))
             return
-        item = Outgoing(record, lease.view, size, 0, check, lease)
-        if self.compresses:
+        choice = choice or self.choices.choose(size)
+        item = Outgoing(record, (lease.view,), size, 0, check, lease, choice)
+        if choice.level is not None:
             item.packing = True
-            self.compressors.submit(partial(_compress, item.payload, self._settings.compression), partial(self._packed, item))
+            self._packing += 1
+            self.compressors.submit(partial(_compress, lease.view, choice), partial(self._packed, item))
+        else:
+            self._shrink(item, lease.view)
         self._append(item)
 
     async def carry(self, record: Memory | Config | Pci, content: memoryview) -> None:
         """Send ``content`` from where it lies, or copy it. Returns when its place is not needed any more."""
-        if self.compresses or min(self.driver.per_byte, self._link.per_byte) > WORTH_A_COPY:
+        choice = self.choices.choose(len(content))
+        if choice.level is not None or min(self.driver.per_byte, self._link.per_byte) > WORTH_A_COPY:
             lease = await self.take(len(content))
-            self.put_copied(record, lease, _accel.copy_check(lease.view, content, *self._session.head(record)))
+            self.put_copied(record, lease, _accel.copy_check(lease.view, content, *self._session.head(record)), choice)
             return
         self._count(len(content))
-        if is_zero(content):
-            self._append(Outgoing(record, b"", len(content), framing.FLAG_ZERO))
-        else:
-            self._append(Outgoing(record, content, len(content)))
+        item = Outgoing(record, (content,), len(content), choice=choice)
+        self._shrink(item, content)
+        self._append(item)
         await self.flushed()
 
     async def flushed(self) -> None:
@@ -168,15 +191,23 @@ class Outbound:
 
     async def caught_up(self) -> None:
         """Wait until the sender has all but caught up. What is copied just before it is sent is still in the
-        processor's cache then, and what lies in line longer is in nobody's way only where compressors work on it.
+        processor's cache then. Not while compressors have work: they are to have more.
         """
-        if not self.compresses:
+        if not self._packing:
             await self._shorter_than(CAUGHT_UP)
 
     async def _shorter_than(self, length: int) -> None:
         while len(self._line) >= length:
             self._shorter = anyio.Event()
             await self._shorter.wait()
+
+    def _shrink(self, item: Outgoing, content: memoryview) -> None:
+        """Leave zeros out."""
+        if not isinstance(item.record, Memory | Pages):
+            return
+        flags, payload = shrunk(content)
+        if flags == framing.FLAG_ZERO or (flags and "sparse" in self._session.features):
+            item.flags, item.payload, item.check = flags, payload, None
 
     def _append(self, item: Outgoing) -> None:
         self._line.append(item)
@@ -188,11 +219,16 @@ class Outbound:
         self._progress.content = self.content
         self._progress.round_content += size
 
-    def _packed(self, item: Outgoing, packed: bytes | None) -> None:
+    def _packed(self, item: Outgoing, result: tuple[bytes | None, float]) -> None:
+        packed, seconds = result
+        assert item.choice is not None
+        self.choices.packed(item.choice, None if packed is None else len(packed), seconds)
         if packed is not None:
-            item.payload, item.flags, item.check = packed, framing.FLAG_ZSTD, None
+            item.payload, item.flags, item.check = (packed,), framing.FLAG_ZSTD, None
         item.packing = False
+        self._packing -= 1
         self._news.set()
+        self._shorter.set()
 
     # ---- on its way
 
@@ -200,14 +236,19 @@ class Outbound:
         """A task: send what is in line, as far as credit and bandwidth go, until it is called off."""
         with self._sending:
             while not self._off:
-                if self._line and not self._line[0].packing:
-                    await self._send_first()
-                else:
+                if not self._line:
                     await self._wait()
+                elif self._line[0].packing:
+                    began = anyio.current_time()
+                    await self._wait()
+                    self._line[0].awaited += anyio.current_time() - began
+                else:
+                    await self._send_first()
 
     async def _send_first(self) -> None:
         item = self._line[0]
-        size = framing.PREFIX_SIZE + _HEADER_ROOM + len(item.payload)
+        size = framing.PREFIX_SIZE + _HEADER_ROOM + sum(map(len, item.payload))
+        due = anyio.current_time()
         await self._pace.wait(size)
         self.moved_at = anyio.current_time()
         self.waiting = True
@@ -215,10 +256,10 @@ class Outbound:
             await self._wait()
             if self._off:
                 return
-        bitmap = item.payload if isinstance(item.record, Bitmap) else None
-        buffers = self._session.send(
+        bitmap = item.payload[0] if isinstance(item.record, Bitmap) else None
+        frame = self._session.send(
             item.record,
-            item.payload,
+            *item.payload,
             flags=item.flags,
             content_size=item.content_size,
             bitmap=bitmap,
@@ -226,7 +267,7 @@ class Outbound:
         )
         began = anyio.current_time()
         try:
-            await self.hand_over(buffers)
+            await self.hand_over(frame)
         except ConnectionLost:
             # The target may have said why before it closed: the listener finds that, and all is called off.
             with anyio.move_on_after(LINGER if self._transport.answers else 0):
@@ -234,10 +275,13 @@ class Outbound:
             raise
         self.moved_at = anyio.current_time()
         self._link.add(size, self.moved_at - began)
+        if item.choice is not None:
+            payload_size = sum(map(len, item.payload))
+            self.choices.sent(item.choice, payload_size, self.moved_at - due, item.awaited)
         self.waiting = False
         self._line.popleft()
         if item.lease is not None:
-            item.payload = b""
+            item.payload = ()
             item.lease.release()
         self._shorter.set()
 
@@ -269,5 +313,9 @@ class Outbound:
         self._line.clear()
 
 
-def _compress(content: Buffer, level: int, compressor: Compressor) -> bytes | None:
-    return compressor.compress(content, level)
+def _compress(content: Buffer, choice: Choice, compressor: Compressor) -> tuple[bytes | None, float]:
+    """A smaller zstd frame, if there is one, and the seconds that it took."""
+    assert choice.level is not None
+    began = perf_counter()
+    packed = compressor.compress(content, choice.level, probe=choice.probe)
+    return packed, perf_counter() - began

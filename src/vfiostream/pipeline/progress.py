@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from vfiostream.pipeline.adaptive import Statistics
+
 Phase = Literal["connecting", "precopy", "stop-and-copy", "switchover", "finishing", "done"]
 
 
@@ -71,6 +73,8 @@ class Summary:
     peak_buffers: int
     """Most bytes that were held of the byte budget."""
     warnings: tuple[str, ...] = field(default=())
+    compression: Statistics | None = None
+    """What was compressed, and how; None on the target."""
 
     @property
     def throughput(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from vfiostream.errors import UsageError
 from vfiostream.pipeline.budget import DEFAULT_BUDGET
@@ -18,8 +19,10 @@ class Settings:
     """Bytes of content in one frame at most; the smaller of both ends holds."""
     budget: int = DEFAULT_BUDGET
     """Bytes that this end buffers at most."""
-    compression: int = 0
-    """zstd level, 1 to 19; 0 sends what is there. Zeros cost nothing either way."""
+    compression: int | Literal["adaptive"] = 0
+    """zstd level, 1 to 19; 0 sends what is there; ``"adaptive"`` finds out by itself what moves most, from chunk to
+    chunk (:mod:`vfiostream.pipeline.adaptive`). Zeros cost nothing either way.
+    """
     max_bandwidth: float | None = None
     """Bytes a second on the link; None for no limit."""
     patience: float = 30.0
@@ -28,8 +31,8 @@ class Settings:
     def __post_init__(self) -> None:
         if not limits.MIN_CHUNK <= self.chunk <= limits.MAX_CONTENT:
             raise UsageError(f"a chunk of {self.chunk} bytes can't be: {limits.MIN_CHUNK} to {limits.MAX_CONTENT} can")
-        if not 0 <= self.compression <= MAX_LEVEL:
-            raise UsageError(f"there is no zstd level {self.compression}: 1 to {MAX_LEVEL}, or 0 for none")
+        if self.compression != "adaptive" and not 0 <= self.compression <= MAX_LEVEL:
+            raise UsageError(f"there is no zstd level {self.compression}: 1 to {MAX_LEVEL}, 0 for none, or adaptive")
         if self.max_bandwidth is not None and not self.max_bandwidth > 0:
             raise UsageError(f"a bandwidth of {self.max_bandwidth} bytes a second moves nothing")
         if not self.patience > 0:

@@ -1,7 +1,8 @@
 """The source of a migration, and the writer of a checkpoint.
 
 Tasks: the producer (devices, guest memory, policy) takes from the byte budget; the sender, in order, gives back; beside
-them threads that compress; over a link, a listener for the target's answers and a watch on its silence. They live in one task group that has ended before the commit: what follows is one straight line (``docs/switchover.md``).
+them threads that compress; over a link, a listener for the target's answers and a watch on its silence. They live in
+one task group that has ended before the commit: what follows is one straight line (``docs/switchover.md``).
 
 Whatever fails before the commit ends with the source running.
 """
@@ -154,14 +155,15 @@ class Source:
             downtime,
             self._line.budget.peak,
             tuple(self._warnings),
+            self._line.choices.statistics,
         )
 
     # ---- before: greeting
 
     async def _greet(self) -> None:
-        head, _ = self._session.send(self._hello)
+        frame = self._session.send(self._hello)
         with anyio.move_on_after(self._settings.patience) as scope:
-            await self._line.hand_over([head])
+            await self._line.hand_over(frame)
             if not self._transport.answers:
                 return
             match await read_reply(self._transport, self._session):
@@ -310,14 +312,16 @@ class Source:
         pos = 0
         while True:
             asked = monotonic()
-            with await device.next(self._session.chunk) as content:
-                if not content:
-                    break
-                self._line.driver.add(len(content), monotonic() - asked)
-                if len(content) > size - pos:
-                    raise DeviceBroken(f"{device.name}: the device's state goes on beyond the size it told")
-                await self._line.carry(record(pos), content)
-                pos += len(content)
+            content = await device.next(self._session.chunk)
+            if not content:
+                break
+            self._line.driver.add(len(content), monotonic() - asked)
+            if len(content) > size - pos:
+                raise DeviceBroken(f"{device.name}: the device's state goes on beyond the size it told")
+            # Not released where this fails: the sender may be in the middle of it, and ends the frame.
+            await self._line.carry(record(pos), content)
+            pos += len(content)
+            content.release()
         if pos != size:
             raise DeviceBroken(f"{device.name}: the device's state ends {size - pos} bytes before the size it told")
 
@@ -337,8 +341,15 @@ class Source:
             pos = index = skip = 0
             while left:
                 await self._line.caught_up()
-                lease = await self._line.take(min(left, self._session.chunk // limits.PAGE_SIZE * limits.PAGE_SIZE))
+                size = min(left, self._session.chunk // limits.PAGE_SIZE * limits.PAGE_SIZE)
+                lease = await self._line.take(size)
                 record = Pages(stream, pos)
+                if self._round == 1 and area.is_hole(start + pos, size):
+                    skip += size // limits.PAGE_SIZE  # of the one run there is
+                    self._line.put_copied(record, lease, None)
+                    pos += size
+                    left -= size
+                    continue
                 filled, index, skip, check = _accel.gather_check(
                     memory, runs, index, skip, lease.view, limits.PAGE_SIZE, *self._session.head(record)
                 )
@@ -402,11 +413,11 @@ class Source:
             "runs: see its outcome there, and let the source run again with `vfiostream device resume` only if "
             "it says that it was never committed"
         )
-        head, _ = self._session.send(Commit())
+        frame = self._session.send(Commit())
         self._committed = True
         try:
             with anyio.fail_after(self._settings.patience):
-                await self._line.hand_over([head])
+                await self._line.hand_over(frame)
             with anyio.fail_after(2 * self._settings.patience):
                 answer = await read_reply(self._transport, self._session)
         except (TimeoutError, VfiostreamError) as error:
@@ -437,8 +448,8 @@ class Source:
 
     async def _store(self) -> None:
         """Make the checkpoint whole: the source runs already."""
-        head, _ = self._session.send(Commit())
-        await self._line.hand_over([head])
+        frame = self._session.send(Commit())
+        await self._line.hand_over(frame)
         await self._transport.finish()
 
     # ---- instead: the source runs on
@@ -511,10 +522,9 @@ class Source:
         instead.__cause__ = stuck
         return instead
 
-    def _last_words(self, error: BaseException) -> Buffer:
+    def _last_words(self, error: BaseException) -> Sequence[Buffer]:
         """The ABORT that tells the target why; nothing where it knows, or can't be told."""
         if self._session.phase in (Phase.ABORTED, Phase.DONE) or not self._line.whole:
-            return b""
+            return ()
         told = failure.told(error, "the source was cancelled: it runs on")
-        head, _ = self._session.send(Abort(failure.abort_code(error), failure.reason(told), stopped=False))
-        return head
+        return self._session.send(Abort(failure.abort_code(error), failure.reason(told), stopped=False))

@@ -1,7 +1,7 @@
 """The target of a migration, and the reader of a checkpoint.
 
 Tasks: the reader takes what comes and checks it, frame by frame; the loader, in order, gives it to devices and guest
-memory; beside them threads that decompress, and one that makes guest memory present.
+memory; beside them threads that decompress.
 
 Content is received in its place (a device's region, guest memory) if its place is known and nothing that came before is
 still with the loader; else into memory of the byte budget, which the loader gives back. So a copy is made just where it
@@ -45,13 +45,12 @@ from vfiostream.pipeline import describe, failure
 from vfiostream.pipeline.budget import Budget, largest_chunk
 from vfiostream.pipeline.ending import to_the_end
 from vfiostream.pipeline.frames import FrameReader, Incoming, part
-from vfiostream.pipeline.presence import Presence
 from vfiostream.pipeline.progress import Downtime, Progress, Summary
 from vfiostream.pipeline.settings import Settings
 from vfiostream.pipeline.workers import Workers
-from vfiostream.protocol import framing, limits, records
+from vfiostream.protocol import limits, records
 from vfiostream.protocol.framing import Prefix
-from vfiostream.protocol.payload import Decompressor
+from vfiostream.protocol.payload import Decompressor, Piece
 from vfiostream.protocol.records import (
     Abort,
     Ack,
@@ -111,6 +110,14 @@ class _Window:
         """Bytes of the run that are still to come."""
         return (self.runs[2 * self.index + 1] - self.skip) * limits.PAGE_SIZE
 
+    def holds(self, size: int) -> bool:
+        """Whether the next ``size`` bytes go in one piece."""
+        return not self.is_done and size <= self.run_left
+
+    def is_present(self, size: int) -> bool:
+        """Whether the next ``size`` bytes can be written in our mapping without a fault for each page."""
+        return self.start + self.pos + size <= self.area.present
+
     def advance(self, size: int) -> None:
         """``size`` bytes came, not more than :attr:`run_left`."""
         self.skip += size // limits.PAGE_SIZE
@@ -150,7 +157,6 @@ class Target:
         self._budget = Budget(settings.budget, chunk)
         self._session = TargetSession(chunk=chunk, answers=transport.answers)
         self._frames = FrameReader(transport, self._session, self._budget)
-        self._present = Presence(guest.ranges)
         self._decompressors = Workers(Decompressor, DECOMPRESSORS)
         self._windows: dict[int, _Window] = {}
         self._zeros = memoryview(b"")
@@ -250,8 +256,6 @@ class Target:
             tasks.start_soon(self._read_all)
             if "zstd" in self._session.features:
                 tasks.start_soon(self._decompressors.run)
-            if self._ranges:
-                tasks.start_soon(self._present.run)
             await self._load_all()
             tasks.cancel_scope.cancel()
 
@@ -264,16 +268,16 @@ class Target:
             if head is None:
                 raise self._frames.ended()
             prefix, header = head
-            place = await self._place(prefix)
+            place = self._place(prefix)
             if place is None:
                 frame = await self._frames.leased_body(prefix, header)
                 pending = _Pending(frame)
-                if prefix.flags == framing.FLAG_ZSTD and frame.content is None:
+                if not frame.pieces:
                     pending.packed = True
                     self._decompressors.submit(partial(_decompress, frame), partial(self._unpacked, pending))
             else:
                 with place:
-                    pending = _Pending(await self._frames.body(prefix, header, [place]))
+                    pending = _Pending(await self._frames.body(prefix, header, place))
                 self._take_in_place(pending)
             self._progress.transferred = self._frames.transferred
             match pending.frame.record:
@@ -287,9 +291,9 @@ class Target:
                     if isinstance(record, End):
                         return
 
-    async def _place(self, prefix: Prefix) -> memoryview | None:
-        """Where the payload of a frame goes if it is what is due next: with nothing before it that is not loaded, and
-        in one piece.
+    def _place(self, prefix: Prefix) -> memoryview | None:
+        """Where the payload of a frame goes if it is what is due next: with nothing before it that is not loaded, in
+        one piece, and where it can be received without a fault for each page.
         """
         if self._to_load or prefix.flags:
             return None
@@ -301,11 +305,8 @@ class Target:
             room.release()
         elif prefix.type == RecordType.PAGES and prefix.stream in self._windows:
             window = self._windows[prefix.stream]
-            if size <= window.run_left:
-                pos = window.pos
-                if self._session.rounds == 1:
-                    await self._present.wait(window.area, window.start + pos, size)
-                return window.memory[pos : pos + size]
+            if window.holds(size) and window.is_present(size):
+                return window.memory[window.pos : window.pos + size]
         return None
 
     def _take_in_place(self, pending: _Pending) -> None:
@@ -327,7 +328,7 @@ class Target:
             del self._windows[stream]
 
     def _unpacked(self, pending: _Pending, content: Buffer) -> None:
-        pending.frame.content = content
+        pending.frame.pieces = [Piece(len(content), content)]
         pending.packed = False
         self._news.set()
 
@@ -349,27 +350,17 @@ class Target:
                 return
             await self._let_go(frame)
 
-    def _content(self, frame: Incoming) -> Buffer:
-        if frame.prefix.flags == framing.FLAG_ZERO:
-            return self._zeros[: frame.prefix.content_size]
-        if frame.content is not None:
-            return frame.content
-        return b"" if frame.lease is None else frame.lease.view
-
     async def _load(self, frame: Incoming) -> None:
-        content = self._content(frame)
         match frame.record:
             case Memory() as record:
-                await self._devices[record.stream].write(content)
-                self._count(len(content))
+                await self._load_content(self._devices[record.stream], frame)
             case Pages() as record:
-                await self._load_pages(record, frame.prefix, content)
-                self._count(len(content))
+                self._load_pages(record, frame)
             case Bitmap() as record:
                 area = self._ranges[record.stream]
                 start = record.page * limits.PAGE_SIZE
                 memory = area.view[start : start + record.pages * limits.PAGE_SIZE]
-                runs = _accel.bitmap_runs(content, record.pages)
+                runs = _accel.bitmap_runs(_whole(frame), record.pages)
                 self._windows[record.stream] = _Window(area, start, memory, runs)
             case Capture() as record:
                 await self._devices[record.stream].begin_capture(record.size)
@@ -384,14 +375,13 @@ class Target:
                 self._times.append(monotonic())
                 self._progress.phase = "stop-and-copy"
             case Pci() as record:
-                await self._devices[record.stream].load_pci_config(content)
-                self._count(len(content))
+                await self._devices[record.stream].load_pci_config(_whole(frame))
+                self._count(frame.prefix.content_size)
             case Config() as record:
                 device = self._devices[record.stream]
                 if record.pos == 0:
                     await device.begin_config(record.size)
-                await device.write(content)
-                self._count(len(content))
+                await self._load_content(device, frame)
             case End():
                 self._mark_end()
                 for device in self._devices.values():
@@ -403,21 +393,29 @@ class Target:
             case _:
                 pass
 
-    async def _load_pages(self, record: Pages, prefix: Prefix, content: Buffer) -> None:
+    async def _load_content(self, device: Device, frame: Incoming) -> None:
+        for piece in frame.pieces:
+            await device.write(self._zeros[: piece.size] if piece.data is None else piece.data)
+        self._count(frame.prefix.content_size)
+
+    def _load_pages(self, record: Pages, frame: Incoming) -> None:
         window = self._windows[record.stream]
-        if prefix.flags == framing.FLAG_ZERO:
-            left = prefix.content_size
-            while left:
-                size = min(left, window.run_left)
-                window.area.zero(window.start + window.pos, size)
-                window.advance(size)
-                left -= size
-        else:
-            if self._session.rounds == 1:
-                await self._present.wait(window.area, window.start + window.pos, len(content))
-            window.index, window.skip = _accel.scatter(
-                window.memory, window.runs, window.index, window.skip, content, limits.PAGE_SIZE
-            )
+        for piece in frame.pieces:
+            if piece.data is None:
+                left = piece.size
+                while left:
+                    size = min(left, window.run_left)
+                    window.area.zero(window.start + window.pos, size)
+                    window.advance(size)
+                    left -= size
+            elif window.holds(piece.size) and not window.is_present(piece.size):
+                window.area.write(window.start + window.pos, piece.data)
+                window.advance(piece.size)
+            else:
+                window.index, window.skip = _accel.scatter(
+                    window.memory, window.runs, window.index, window.skip, piece.data, limits.PAGE_SIZE
+                )
+        self._count(frame.prefix.content_size)
         self._close_if_done(record.stream, window)
 
     def _mark_end(self) -> None:
@@ -435,9 +433,10 @@ class Target:
         """
         frame.release()
         self._spent += frame.prefix.frame_size
-        if self._transport.answers and self._spent + self._settings.budget - self._granted >= self._settings.budget // 4:
+        budget = self._settings.budget
+        if self._transport.answers and self._spent + budget - self._granted >= budget // 4:
             async with self._saying:
-                self._granted = self._spent + self._settings.budget
+                self._granted = self._spent + budget
                 await self._say(Credit(self._granted))
 
     async def _acknowledge(self, of: str) -> None:
@@ -445,11 +444,11 @@ class Target:
             self._granted = self._spent + self._settings.budget
             await self._say(Ack(of, self._session.rounds, self._granted))
 
-    async def _say(self, record: Record) -> None:
+    async def _say(self, record: Credit | Ack | Welcome) -> None:
         """Send a record to the source. It is small and the source always reads, so it is never cut in half."""
-        head, _ = self._session.send(record)
+        frame = self._session.send(record)
         with anyio.CancelScope(shield=True), anyio.move_on_after(self._settings.patience) as scope:
-            await self._transport.send([head])
+            await self._transport.send(frame)
         if scope.cancelled_caught:
             raise ConnectionLost(f"{self._transport.address}: the source takes no answers")
 
@@ -540,16 +539,21 @@ class Target:
         if self._transport.answers:
             await part(self._transport, self._last_words(error))
 
-    def _last_words(self, error: BaseException) -> Buffer:
+    def _last_words(self, error: BaseException) -> Sequence[Buffer]:
         """The ABORT that tells the source why; nothing where it has said one itself."""
         if self._session.phase in (Phase.ABORTED, Phase.DONE):
-            return b""
+            return ()
         told = failure.told(error, "the target was cancelled: nothing of this runs there")
         return self._abort(failure.abort_code(error), told, stopped=True)
 
-    def _abort(self, code: str, problem: str, *, stopped: bool) -> Buffer:
-        head, _ = self._session.send(Abort(code, failure.reason(problem), stopped))
-        return head
+    def _abort(self, code: str, problem: str, *, stopped: bool) -> Sequence[Buffer]:
+        return self._session.send(Abort(code, failure.reason(problem), stopped))
+
+
+def _whole(frame: Incoming) -> Buffer:
+    """The content of a frame, in one piece."""
+    (piece,) = frame.pieces
+    return bytes(piece.size) if piece.data is None else piece.data
 
 
 def _decompress(frame: Incoming, decompressor: Decompressor) -> Buffer:

@@ -1,19 +1,18 @@
 """Frames: a 48-byte prefix, a msgpack header, a raw payload (``docs/format.md``, "Frame").
 
-The only module that hashes. Frames go out as buffers to be gathered, and come in as three pieces, so that a payload is
-never copied here.
+The only module that hashes, but for what is hashed while it is copied (``_accel.copy_check``). Frames go out as buffers
+to be gathered, and come in as three pieces, so that a payload is never copied here.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import xxhash
 
 from vfiostream.buffers import Buffer
-from vfiostream.errors import StreamError
 from vfiostream.protocol import limits
 
 MAGIC = b"VFS\xf1"
@@ -21,6 +20,7 @@ VERSION = 1
 
 FLAG_ZSTD = 1
 FLAG_ZERO = 2
+FLAG_SPARSE = 4
 
 _PREFIX = struct.Struct("<4sHBBIIQIIQQ")
 _CHECK = struct.Struct("<Q")
@@ -28,8 +28,7 @@ PREFIX_SIZE = _PREFIX.size
 _CHECKED = PREFIX_SIZE - _CHECK.size
 
 
-@dataclass(frozen=True, slots=True)
-class Prefix:
+class Prefix(NamedTuple):
     """The fixed part of a frame, believed as far as it can be on its own."""
 
     type: int
@@ -52,21 +51,21 @@ def pack_frame(
     stream: int,
     sequence: int,
     header: bytes,
-    payload: Buffer,
+    payload: Sequence[Buffer],
     flags: int,
     content_size: int,
     seed: int,
     check: int | None = None,
-) -> tuple[bytes, Buffer]:
-    """Return (prefix and header, payload), ready to be sent one after the other. ``payload`` is not copied: it must not
-    change until it is sent. ``seed`` is the session's (:func:`session_seed`), 0 for a HELLO. ``check`` is the xxh3 of
-    header and payload where the caller has it already.
+) -> list[Buffer]:
+    """Return the buffers of a frame, to be sent one after the other: prefix and header, and the pieces of ``payload``,
+    which are not copied: they must not change until they are sent. ``seed`` is the session's (:func:`session_seed`), 0
+    for a HELLO. ``check`` is the xxh3 of header and payload where the caller has it already.
     """
     if check is None:
-        check = body_check(header, (payload,), seed)
-    fields = (MAGIC, VERSION, type_, flags, stream, len(header), sequence, len(payload), content_size)
+        check = body_check(header, payload, seed)
+    fields = (MAGIC, VERSION, type_, flags, stream, len(header), sequence, sum(map(len, payload)), content_size)
     unchecked = _PREFIX.pack(*fields, check, 0)[:_CHECKED]
-    return unchecked + _CHECK.pack(xxhash.xxh3_64_intdigest(unchecked, seed)) + header, payload
+    return [unchecked + _CHECK.pack(xxhash.xxh3_64_intdigest(unchecked, seed)) + header, *payload]
 
 
 def body_check(header: Buffer, payload: Sequence[Buffer], seed: int) -> int:
@@ -77,30 +76,34 @@ def body_check(header: Buffer, payload: Sequence[Buffer], seed: int) -> int:
     return digest.intdigest()
 
 
+def sparse_bitmap_size(content_size: int) -> int:
+    """Bytes of the bitmap that ends the payload of sparse content, which is whole pages."""
+    return (content_size // limits.PAGE_SIZE + 7) // 8
+
+
 def session_seed(session: bytes) -> int:
     """The seed of every check after the HELLO: frames of another session never pass for this one's."""
     return int.from_bytes(session[:8], "little")
 
 
-def parse_prefix(data: Buffer, seed: int, where: str) -> Prefix:
-    """Check the first :data:`PREFIX_SIZE` bytes of a frame in the order the format gives, up to the limits; ``where``
-    names the frame in the :class:`~vfiostream.errors.StreamError` that is raised for anything wrong.
+def parse_prefix(data: Buffer, seed: int) -> Prefix:
+    """Check the first :data:`PREFIX_SIZE` bytes of a frame in the order the format gives, up to the limits. Raises
+    ValueError for anything wrong.
     """
     magic, version, type_, flags, stream, header_size, sequence, payload_size, content_size, body_check, check = (
         _PREFIX.unpack(data)
     )
     if magic != MAGIC:
-        raise StreamError(where, "does not start with the magic number: this is no vfiostream stream, or it is damaged")
+        raise ValueError("does not start with the magic number: this is no vfiostream stream, or it is damaged")
     if version != VERSION:
-        raise StreamError(where, f"is of format {version}, this side speaks format {VERSION}")
+        raise ValueError(f"is of format {version}, this side speaks format {VERSION}")
     if check != xxhash.xxh3_64_intdigest(memoryview(data)[:_CHECKED], seed):
-        raise StreamError(where, "has a prefix that does not match its check value, or is of another session")
+        raise ValueError("has a prefix that does not match its check value, or is of another session")
     if header_size > limits.MAX_HELLO:
-        raise StreamError(where, f"has a header of {header_size} bytes (the limit is {limits.MAX_HELLO})")
+        raise ValueError(f"has a header of {header_size} bytes (the limit is {limits.MAX_HELLO})")
     if payload_size > limits.MAX_CONTENT or content_size > limits.MAX_CONTENT:
-        raise StreamError(
-            where,
-            f"has {payload_size} bytes of payload for {content_size} of content (the limit is {limits.MAX_CONTENT})",
+        raise ValueError(
+            f"has {payload_size} bytes of payload for {content_size} of content (the limit is {limits.MAX_CONTENT})"
         )
     if flags == 0:
         sound = payload_size == content_size
@@ -108,10 +111,11 @@ def parse_prefix(data: Buffer, seed: int, where: str) -> Prefix:
         sound = 0 < payload_size < content_size
     elif flags == FLAG_ZERO:
         sound = payload_size == 0 and content_size > 0
+    elif flags == FLAG_SPARSE:
+        kept = payload_size - sparse_bitmap_size(content_size)
+        sound = 0 < kept < content_size and kept % limits.PAGE_SIZE == content_size % limits.PAGE_SIZE == 0
     else:
-        raise StreamError(where, f"has unknown flags {flags:#04x}")
+        raise ValueError(f"has unknown flags {flags:#04x}")
     if not sound:
-        raise StreamError(
-            where, f"has {payload_size} bytes of payload for {content_size} of content with flags {flags}"
-        )
+        raise ValueError(f"has {payload_size} bytes of payload for {content_size} of content with flags {flags}")
     return Prefix(type_, flags, stream, header_size, sequence, payload_size, content_size, body_check)

@@ -1,6 +1,12 @@
-"""What a payload stands for: the content itself, zeros, or a zstd frame. The only module that knows zstd."""
+"""What a payload stands for: the content itself, zeros, the pages that are none, or a zstd frame.
+
+The only module that knows zstd.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import zstandard
 
@@ -8,7 +14,7 @@ from vfiostream import _accel
 from vfiostream.buffers import Buffer
 from vfiostream.errors import StreamError
 from vfiostream.protocol import limits
-from vfiostream.protocol.framing import FLAG_ZERO, FLAG_ZSTD
+from vfiostream.protocol.framing import FLAG_SPARSE, FLAG_ZERO, FLAG_ZSTD, sparse_bitmap_size
 
 MAX_LEVEL = 19
 
@@ -27,7 +33,7 @@ class Compressor:
         """``level`` is zstd's, 1 to 19."""
         self._context = zstandard.ZstdCompressor(level=level, write_content_size=True, write_checksum=False)
 
-    def compress(self, content: Buffer, level: int = 1) -> bytes | None:
+    def compress(self, content: Buffer, level: int = 1, *, probe: bool = False) -> bytes | None:
         """Return a zstd frame that is smaller than ``content``, or None where there is none."""
         packed = self._context.compress(content)
         return packed if len(packed) < len(content) else None
@@ -65,6 +71,58 @@ class Decompressor:
         return content
 
 
-def is_zero(content: Buffer) -> bool:
-    """Whether ``content`` can be sent as the flag ZERO."""
-    return len(content) > 0 and _accel.is_zero(content)
+def shrunk(content: memoryview) -> tuple[int, Sequence[Buffer]]:
+    """How ``content`` goes without its zero pages: flags and payload, whose pieces lie in ``content``."""
+    pages, rest = divmod(len(content), limits.PAGE_SIZE)
+    if rest:
+        return (FLAG_ZERO, ()) if _accel.is_zero(content) else (0, (content,))
+    bitmap = bytearray((pages + 7) // 8)
+    kept = _accel.nonzero_pages(content, limits.PAGE_SIZE, bitmap)
+    if kept == 0:
+        return FLAG_ZERO, ()
+    if kept == pages:
+        return 0, (content,)
+    runs = _accel.bitmap_runs(bitmap, pages)
+    pieces: list[Buffer] = [
+        content[first * limits.PAGE_SIZE : (first + count) * limits.PAGE_SIZE]
+        for first, count in zip(runs[::2], runs[1::2], strict=True)
+    ]
+    return FLAG_SPARSE, [*pieces, bitmap]
+
+
+class Piece(NamedTuple):
+    """A stretch of content."""
+
+    size: int
+    data: Buffer | None
+    """None for zeros."""
+
+
+def pieces(payload: Buffer, flags: int, content_size: int) -> list[Piece]:
+    """What the payload of a frame that is not compressed stands for, in order; of a frame whose prefix was checked.
+    Raises ValueError for what is wrong with it.
+    """
+    if flags == FLAG_ZERO:
+        return [Piece(content_size, None)]
+    if flags != FLAG_SPARSE:
+        return [Piece(content_size, payload)]
+    view = memoryview(payload)
+    pages = content_size // limits.PAGE_SIZE
+    end = len(view) - sparse_bitmap_size(content_size)
+    bitmap = view[end:]
+    if _accel.bitmap_count(bitmap, 8 * len(bitmap)) != _accel.bitmap_count(bitmap, pages):
+        raise ValueError("has bits set beyond its last page")
+    runs = _accel.bitmap_runs(bitmap, pages)
+    if sum(runs[1::2]) * limits.PAGE_SIZE != end:
+        raise ValueError(f"says that {sum(runs[1::2])} of its pages are not zeros, and has {end} bytes of them")
+    found: list[Piece] = []
+    at = done = 0
+    for first, count in zip(runs[::2], runs[1::2], strict=True):
+        start, size = first * limits.PAGE_SIZE, count * limits.PAGE_SIZE
+        if start > at:
+            found.append(Piece(start - at, None))
+        found.append(Piece(size, view[done : done + size]))
+        at, done = start + size, done + size
+    if at < content_size:
+        found.append(Piece(content_size - at, None))
+    return found

@@ -37,8 +37,8 @@ class RecordType(IntEnum):
     ABORT = 16
 
 
-FEATURES = ("zstd",)
-"""The features this side knows: payloads may be ZSTD."""
+FEATURES = ("sparse", "zstd")
+"""The features this side knows: payloads may be SPARSE, may be ZSTD."""
 
 ABORT_CODES = ("cancelled", "not-converged", "device", "incompatible", "stream", "failed")
 

@@ -378,7 +378,10 @@ class _Session:
         """Check the first 48 bytes of the next frame from the peer, before header and payload are read. Raises
         :class:`~vfiostream.errors.StreamError`.
         """
-        parsed = framing.parse_prefix(prefix, self._seed if self._received else 0, self.next_record)
+        try:
+            parsed = framing.parse_prefix(prefix, self._seed if self._received else 0)
+        except ValueError as error:
+            raise StreamError(self.next_record, str(error)) from error
         try:
             if parsed.sequence != self._received + 1:
                 raise ValueError(f"is out of order: record {self._received + 1} should come here")
@@ -403,6 +406,11 @@ class _Session:
         """Raise ValueError for content that no record of this type has, or that was not agreed on."""
         if flags == framing.FLAG_ZSTD and "zstd" not in self.features:
             raise ValueError("is compressed, and the ends did not agree on that")
+        if flags == framing.FLAG_SPARSE:
+            if "sparse" not in self.features:
+                raise ValueError("is sparse, and the ends did not agree on that")
+            if type_ not in (RecordType.MEMORY, RecordType.PAGES):
+                raise ValueError("can't be sparse")
         least, most = records.CONTENT.get(type_, (0, 0))
         most = min(most, self.chunk)
         if not least <= content_size <= most:
@@ -462,12 +470,12 @@ class _Session:
         self,
         record: Record,
         header: bytes,
-        payload: Buffer,
+        payload: Sequence[Buffer],
         flags: int,
         content_size: int,
         bitmap: Buffer | None,
         check: int | None = None,
-    ) -> tuple[bytes, Buffer]:
+    ) -> list[Buffer]:
         """Make the next frame, of a record that may be sent now."""
         try:
             self._check_content(record.type, flags, content_size)
@@ -479,7 +487,7 @@ class _Session:
         self._move(_step(record))
         self._sent += 1
         stream = record.stream if isinstance(record, records.Streamed) else 0
-        head, payload = framing.pack_frame(
+        frame = framing.pack_frame(
             record.type,
             stream,
             self._sent,
@@ -491,8 +499,8 @@ class _Session:
             check,
         )
         if log.isEnabledFor(logging.DEBUG):
-            log.debug("out %s record %d %s, %d bytes", record.type.name, self._sent, record, len(head) + len(payload))
-        return head, payload
+            log.debug("out %s record %d %s, %d bytes", record.type.name, self._sent, record, sum(map(len, frame)))
+        return frame
 
     def _move(self, step: Step) -> None:
         phase = self._table[self.phase, step]
@@ -516,17 +524,16 @@ class SourceSession(_Session):
     def send(
         self,
         record: Record,
-        payload: Buffer = b"",
-        *,
+        *payload: Buffer,
         flags: int = 0,
         content_size: int | None = None,
         bitmap: Buffer | None = None,
         check: int | None = None,
-    ) -> tuple[bytes, Buffer]:
-        """Return the buffers of the next frame, to be sent in this order. ``payload`` is as the flags say, of
-        ``content_size`` bytes of content (default: the payload is the content); ``bitmap`` is the content of a BITMAP;
-        ``check`` is the XXH3-64 of :meth:`head` and payload where somebody has it who copied the payload.
-        The payload stays the caller's and must not change until it is sent. Raises
+    ) -> list[Buffer]:
+        """Return the buffers of the next frame, to be sent in this order. ``payload``, in pieces, is as the flags say,
+        of ``content_size`` bytes of content (default: the payload is the content); ``bitmap`` is the content of a
+        BITMAP; ``check`` is the XXH3-64 of :meth:`head` and payload where somebody has it who copied the payload. The
+        payload stays the caller's and must not change until it is sent. Raises
         :class:`~vfiostream.errors.LocalProtocolError` where the record must not be sent now, or exceeds the credit; the
         session is then as it was.
         """
@@ -534,11 +541,12 @@ class SourceSession(_Session):
         if isinstance(record, Hello) and record != self._offer:
             raise LocalProtocolError("HELLO is not the one that this session was made for")
         header = records.encode(record)
-        cost = 0 if _step(record) in _FREE else framing.PREFIX_SIZE + len(header) + len(payload)
+        payload_size = sum(map(len, payload))
+        cost = 0 if _step(record) in _FREE else framing.PREFIX_SIZE + len(header) + payload_size
         if cost and not self.affords(cost):
             excess = self._spent + cost - self._limit
             raise LocalProtocolError(f"{record.type.name} exceeds the credit that was given by {excess} bytes")
-        size = len(payload) if content_size is None else content_size
+        size = payload_size if content_size is None else content_size
         frame = self._emit(record, header, payload, flags, size, bitmap, check)
         self._spent += cost
         return frame
@@ -585,16 +593,17 @@ class TargetSession(_Session):
         if self._answers and _step(record) not in _FREE:
             self.spent += prefix.frame_size
             if self.spent > self._limit:
-                raise StreamError(_name(prefix), f"exceeds the credit that was given by {self.spent - self._limit} bytes")
+                excess = self.spent - self._limit
+                raise StreamError(_name(prefix), f"exceeds the credit that was given by {excess} bytes")
         return record
 
-    def send(self, record: Record) -> tuple[bytes, Buffer]:
+    def send(self, record: Record) -> list[Buffer]:
         """Return the buffers of the next frame to the source. Raises
         :class:`~vfiostream.errors.LocalProtocolError` where it must not be sent now, or does not fit what was said
         before; the session is then as it was.
         """
         self._check_phase(record)
-        return self._emit(record, records.encode(record), b"", 0, 0, None)
+        return self._emit(record, records.encode(record), (), 0, 0, None)
 
     def _settle(self, record: Record) -> None:
         if isinstance(record, Hello) and not self._answers:

@@ -42,11 +42,14 @@ class Transport(Closing):
         """
 
     @abstractmethod
-    async def receive(self, into: Sequence[memoryview]) -> int:
+    async def receive(self, into: Sequence[memoryview], least: int = 1) -> int:
         """Fill the views ``into`` (at least one, none of them empty), in order, with at least one byte in all and
         return how many; 0 means the sender has finished and everything was read. More may be there already, or come.
         The views belong to the transport only while the call runs, and bytes that were not counted are as they were. A
         cancelled call loses nothing: either its bytes are still to be read, or the call returned them.
+
+        ``least`` is a hint: fewer bytes than that do not get the caller any further, so a transport that has to wait
+        may wait until so many are there, or the stream ends. It may return fewer.
         """
 
     @abstractmethod

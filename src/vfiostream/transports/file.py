@@ -145,7 +145,7 @@ class FileWriter(_OpenFile):
             await self._behind.flush()
         await anyio.to_thread.run_sync(self._publish)
 
-    async def receive(self, into: Sequence[memoryview]) -> int:
+    async def receive(self, into: Sequence[memoryview], least: int = 1) -> int:
         raise LocalProtocolError(f"{self.address}: a file opened for writing can't be read")
 
     def _publish(self) -> None:
@@ -237,7 +237,7 @@ class FileReader(_OpenFile):
     async def finish(self) -> None:
         raise LocalProtocolError(f"{self.address}: a file opened for reading can't be finished")
 
-    async def receive(self, into: Sequence[memoryview]) -> int:
+    async def receive(self, into: Sequence[memoryview], least: int = 1) -> int:
         self._check_open()
         await anyio.lowlevel.checkpoint_if_cancelled()
         self._check_open()

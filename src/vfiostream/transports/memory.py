@@ -79,7 +79,7 @@ class MemoryTransport(Transport):
                 else:
                     await self._outgoing.change()
 
-    async def receive(self, into: Sequence[memoryview]) -> int:
+    async def receive(self, into: Sequence[memoryview], least: int = 1) -> int:
         self._check_open()
         await anyio.lowlevel.checkpoint()
         while True:

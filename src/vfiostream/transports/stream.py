@@ -37,6 +37,11 @@ KEEPALIVE_INTERVAL = 5
 KEEPALIVE_COUNT = 4
 """Unanswered questions after which the connection counts as lost: 30 seconds in all."""
 
+WAKE_AT = 1024 * 1024
+"""Bytes that a reader sleeps for at most where it needs so many: a wake-up costs as much as copying 100 KiB, and the
+sender goes on meanwhile.
+"""
+
 BACKLOG = 8
 """Senders that may wait to be accepted; one is served at a time."""
 
@@ -79,6 +84,8 @@ class SocketTransport(Transport):
         self._finished = False
         self._lost = False
         self._closed = False
+        self._wakes_at = 1 if sock.family != socket.AF_UNIX else None
+        """Bytes that the kernel lets a waiting reader wake up for (SO_RCVLOWAT); None where it has no such thing."""
 
     async def send(self, buffers: Sequence[Buffer]) -> None:
         self._check_can_send()
@@ -112,7 +119,7 @@ class SocketTransport(Transport):
                 failure.taken = taken
                 raise failure from error
 
-    async def receive(self, into: Sequence[memoryview]) -> int:
+    async def receive(self, into: Sequence[memoryview], least: int = 1) -> int:
         self._check_open()
         # Before the bytes are taken: nothing may be awaited between taking and returning them.
         await anyio.lowlevel.checkpoint_if_cancelled()
@@ -123,6 +130,7 @@ class SocketTransport(Transport):
             try:
                 count = self._sock.recvmsg_into(into)[0]
             except BlockingIOError:
+                self._wake_at(min(least, WAKE_AT))
                 await self._wait(anyio.wait_readable)
             except OSError as error:
                 raise self._failure("receiving", error) from error
@@ -151,6 +159,14 @@ class SocketTransport(Transport):
         self._closed = True
         await _close(self._sock)
         logger.debug("%s: closed", self.address)
+
+    def _wake_at(self, count: int) -> None:
+        """Do not wake a waiting reader for fewer than ``count`` bytes. The kernel wakes it all the same where the
+        stream ends or its own buffers are full (tcp_stream_is_readable in net/ipv4/tcp.c); a UNIX socket always does.
+        """
+        if self._wakes_at not in (None, count):
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count)
+            self._wakes_at = count
 
     async def _wait(self, ready: Callable[[socket.socket], Awaitable[None]]) -> None:
         try:

@@ -4,7 +4,8 @@ A stand-in for a vendor's driver and hardware, whoever asks it (``server`` over 
 refuses with OSError; the errno is what a client gets, the text is for the log of the driver.
 
 One thread calls the methods (but :meth:`ReferenceDevice.close`), the workload's thread writes memory in between. What
-both touch is under one lock, which is never held while the device takes its time (``capture_time``, ``chunk_time``, ``state_time``).
+both touch is under one lock, which is never held while the device takes its time (``capture_time``, ``chunk_time``,
+``state_time``).
 
 Decisions where the interface leaves a choice:
 

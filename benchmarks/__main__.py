@@ -1,0 +1,119 @@
+"""Runs benchmarks, keeps what they found and renders it: ``scripts/bench``."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from benchmarks import compression, delta, files, leaves, machine, network, page, plots, scaling, switchover
+from benchmarks.moving import ROOT
+from benchmarks.plan import BUILD, CannotRun, Plan
+from benchmarks.result import FOLDER, Group, Result, newest
+from benchmarks.row import Row
+
+Measurement = Callable[[Plan], Iterator[Row]]
+
+GROUPS: dict[str, Sequence[Measurement]] = {
+    "network": network.MEASUREMENTS,
+    "compression": compression.MEASUREMENTS,
+    "files": files.MEASUREMENTS,
+    "leaves": leaves.MEASUREMENTS,
+    "scaling": scaling.MEASUREMENTS,
+    "switchover": switchover.MEASUREMENTS,
+    "delta": (),
+}
+
+
+def main() -> int:
+    options = _options()
+    plan = Plan.smoke() if options.quick else Plan()
+    plan = replace(plan, pairs=options.pairs or plan.pairs, disk=options.disk or plan.disk)
+    result = Result(
+        datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S"),
+        machine.commit(),
+        shlex.join(["scripts/bench", *sys.argv[1:]]),
+        plan.pairs,
+        plan.size,
+        machine.describe(),
+    )
+    # What is not whole, or not measured for long enough, is kept from the page of the repository.
+    folder = BUILD / "only" if options.only else BUILD / "quick" if plan.quick else FOLDER
+    for name in options.groups or GROUPS:
+        result.groups[name] = _run(name, plan, options.only)
+        kept = result.write(folder)  # after each, so that what has been measured is not lost
+    print(f"\nkept in {kept}")
+    if not options.only:
+        _render(folder, BUILD / "quick" / "performance.md" if plan.quick else page.PAGE)
+    return 1 if result.failed else 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"one or more of: {', '.join(GROUPS)}; else all")
+    parser.add_argument("--quick", action="store_true", help="small, to see that everything runs; written to build/")
+    parser.add_argument("--pairs", type=int, help="how many times both sides run")
+    parser.add_argument("--disk", type=Path, help="a folder on a disk, for what has to be durable")
+    parser.add_argument("--only", help="of a group, what has this in its name; the page is not rendered then")
+    options = parser.parse_args()
+    unknown = set(options.groups) - set(GROUPS)
+    if unknown:
+        parser.error(f"there is no group {', '.join(sorted(unknown))}: choose from {', '.join(GROUPS)}")
+    if options.pairs is not None and options.pairs < 1:
+        parser.error("there must be at least one pair")
+    return options
+
+
+def _run(name: str, plan: Plan, only: str | None) -> Group:
+    """One group; what can't run is said, and the rest goes on."""
+    group = Group()
+    for measurement in GROUPS[name]:
+        if only and only not in measurement.__name__:
+            continue
+        print(f"\n{name}: {measurement.__name__.replace('_', ' ')}", flush=True)
+        try:
+            for row in measurement(plan):
+                group.rows.append(row)
+                _show(row)
+        except CannotRun as error:
+            _failed(group, f"{measurement.__name__.replace('_', ' ')}: {error}")
+    if name == "delta":
+        print("\ndelta", flush=True)
+        try:
+            for line in delta.table(plan):
+                group.table.append(line)
+                print(f"  {line}", flush=True)
+        except CannotRun as error:
+            _failed(group, f"delta: {error}")
+    return group
+
+
+def _failed(group: Group, failure: str) -> None:
+    group.failures.append(failure)
+    print(f"  could not run: {failure}", file=sys.stderr, flush=True)
+
+
+def _show(row: Row) -> None:
+    seen = row.spread
+    against = f" / {row.against}" if row.against else f" ({row.unit})"
+    must = "" if row.must is None else f" must be {row.sense} {row.must:g}: {row.verdict}"
+    print(f"  {row.path}{against}: {seen.median:.3g} ({seen.low:.3g}..{seen.high:.3g}){must}", flush=True)
+
+
+def _render(results: Path, where: Path) -> None:
+    """Show the newest of each group that is kept in ``results``."""
+    groups = newest(Result.read(file) for file in results.glob("*.json"))
+    rows = [row for name in GROUPS if name in groups for row in groups[name].groups[name].rows]
+    drawn = plots.draw(rows, where.parent / where.stem)
+    if not where.exists():
+        where.write_text(f"{page.BEGIN}\n{page.END}\n")
+    page.put(where, page.render(groups, {title: f"{where.stem}/{file.name}" for title, file in drawn.items()}))
+    print(f"rendered {where.relative_to(ROOT) if where.is_relative_to(ROOT) else where}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

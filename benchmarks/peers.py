@@ -1,0 +1,164 @@
+"""The others: programs that are installed, and the limit, which is built from ``limit.c``.
+
+One that is missing is an error, never a row less.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from time import monotonic
+from typing import IO, Literal
+
+from benchmarks.pairs import Run
+from benchmarks.plan import BUILD, MIB, CannotRun
+
+LIMIT_SOURCE = Path(__file__).with_name("limit.c")
+
+PACKAGES = {
+    "iperf3": "iperf3",
+    "zstd": "zstd",
+    "socat": "socat",
+    "qemu-system-x86_64": "qemu-system-x86",
+    "cp": "coreutils",
+    "dd": "coreutils",
+    "cc": "gcc and libc6-dev",
+}
+"""Which package of Debian has each program."""
+
+
+def program(name: str) -> str:
+    """Where ``name`` is. Raises :class:`CannotRun` where it is not."""
+    found = shutil.which(name)
+    if found is None:
+        raise CannotRun(f"{name} is not here: install {PACKAGES[name]}, or let scripts/bench do it as root")
+    return found
+
+
+def limit_program() -> Path:
+    """The limit, built where it is older than its source."""
+    built = BUILD / "limit"
+    if not built.exists() or built.stat().st_mtime < LIMIT_SOURCE.stat().st_mtime:
+        built.parent.mkdir(parents=True, exist_ok=True)
+        finish([program("cc"), "-O2", "-Wall", "-Werror", "-o", str(built), str(LIMIT_SOURCE)])
+    return built
+
+
+def limit(
+    mode: Literal["device", "region"],
+    link: Literal["tcp", "unix"],
+    size: int,
+    *,
+    chunk: int,
+    region: int = MIB,
+    populated: bool = True,
+) -> Run:
+    """Move ``size`` bytes in C."""
+    memory = "populated" if populated else "fresh"
+    words = [str(limit_program()), mode, link, str(size), str(chunk), str(region), memory]
+    seen = json.loads(finish(words))
+    return Run(size, seen["seconds"], seen["sender_cpu"], seen["receiver_cpu"])
+
+
+def finish(words: Sequence[str]) -> str:
+    """Run a program to its end and return what it said. Raises :class:`CannotRun` where it failed."""
+    ended = subprocess.run(words, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        raise CannotRun(f"`{shlex.join(words)}` ended with {ended.returncode}: {ended.stderr.strip() or 'no word'}")
+    return ended.stdout
+
+
+def timed(words: Sequence[str], size: int) -> Run:
+    """Run a program that moves ``size`` bytes within one process; its start is in the time."""
+    before = os.times()
+    began = monotonic()
+    finish(words)
+    seconds = monotonic() - began
+    after = os.times()
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    return Run(size, seconds, cpu)
+
+
+def iperf(size: int) -> Run:
+    """iperf3, one stream of ``size`` bytes in writes of 1 MiB."""
+    port = free_port()
+    name = program("iperf3")
+    server = subprocess.Popen(
+        [name, "-s", "-1", "-p", str(port), "--forceflush"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        assert server.stdout is not None
+        while line := server.stdout.readline():
+            if "listening" in line:
+                break
+        seen = json.loads(finish([name, "-c", "127.0.0.1", "-p", str(port), "-n", str(size), "-l", "1M", "-J"]))
+        received = seen["end"]["sum_received"]
+        return Run(received["bytes"], received["seconds"])
+    finally:
+        server.kill()
+        server.communicate()
+
+
+def zstd_through_socat(content: Path, target: Path, size: int) -> Run:
+    """``zstd -1 -T2`` of a file to socat, over TCP, to socat and ``zstd -d`` into a file that is there already and
+    keeps its pages; from the start of the four processes to the end of the last.
+    """
+    port = free_port()
+    zstd, socat = program("zstd"), program("socat")
+    block = str(MIB)  # socat's own buffers are 8 KiB
+    listening = f"TCP-LISTEN:{port},bind=127.0.0.1,reuseaddr"
+    connecting = f"TCP:127.0.0.1:{port},retry=500,interval=0.01"
+    with target.open("r+b") as file:
+        began = monotonic()
+        with (
+            _pipe([socat, "-u", "-b", block, listening, "-"], [zstd, "-q", "-d", "-c", "--no-sparse"], file),
+            _pipe([zstd, "-q", "-1", "-T2", "-c", str(content)], [socat, "-u", "-b", block, "-", connecting], None),
+        ):
+            pass
+        return Run(size, monotonic() - began)
+
+
+@contextmanager
+def _pipe(first: Sequence[str], second: Sequence[str], output: IO[bytes] | None) -> Iterator[None]:
+    """Run two programs, one into the other, until both have ended; raises :class:`CannotRun` where one failed."""
+    one = subprocess.Popen(first, stdout=subprocess.PIPE)
+    two = subprocess.Popen(second, stdin=one.stdout, stdout=output)
+    assert one.stdout is not None
+    one.stdout.close()
+    try:
+        yield
+        for words, process in ((first, one), (second, two)):
+            if process.wait():
+                raise CannotRun(f"`{shlex.join(words)}` ended with {process.returncode}")
+    finally:
+        for process in (one, two):
+            process.kill()
+            process.wait()
+
+
+def zstd_size(content: Path) -> int:
+    """Bytes that ``zstd -1 -T2`` makes of a file."""
+    words = [program("zstd"), "-q", "-1", "-T2", "-c", str(content)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        size = 0
+        while block := process.stdout.read(MIB):
+            size += len(block)
+    if process.returncode:
+        raise CannotRun(f"`{shlex.join(words)}` ended with {process.returncode}")
+    return size
+
+
+def free_port() -> int:
+    """A TCP port of the loopback that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
