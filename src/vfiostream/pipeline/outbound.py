@@ -160,6 +160,8 @@ class Outbound:
         self._count(size)
         if check is None:
             lease.release()
+            if choice is not None:
+                self.choices.unused(choice)
             self._append(Outgoing(record, (), size, framing.FLAG_ZERO))
             return
         choice = choice or self.choices.choose(size)

@@ -27,15 +27,18 @@ def bound(size: int) -> int:
 
 
 class Compressor:
-    """Turns content into payload. One for each thread: the zstd context is not shared."""
+    """Turns content into payload. One for each thread: the zstd contexts are not shared."""
 
-    def __init__(self, level: int = 1) -> None:
-        """``level`` is zstd's, 1 to 19."""
-        self._context = zstandard.ZstdCompressor(level=level, write_content_size=True, write_checksum=False)
+    def __init__(self) -> None:
+        self._contexts: dict[int, zstandard.ZstdCompressor] = {}
 
     def compress(self, content: Buffer, level: int = 1, *, probe: bool = False) -> bytes | None:
-        """Return a zstd frame that is smaller than ``content``, or None where there is none."""
-        packed = self._context.compress(content)
+        """Return a zstd frame of ``level`` that is smaller than ``content``, or None where there is none."""
+        context = self._contexts.get(level)
+        if context is None:
+            context = zstandard.ZstdCompressor(level=level, write_content_size=True, write_checksum=False)
+            self._contexts[level] = context
+        packed = context.compress(content)
         return packed if len(packed) < len(content) else None
 
 
