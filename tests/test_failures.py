@@ -50,6 +50,7 @@ from vfiostream.errors import (
 )
 from vfiostream.pipeline import frames as frames_module, outbound as outbound_module, target as target_module
 from vfiostream.pipeline.budget import Budget, Lease
+from vfiostream.pipeline.frames import Pace
 from vfiostream.pipeline.progress import Progress, Summary
 from vfiostream.policy import RoundReport, Verdict
 from vfiostream.protocol.framing import PREFIX_SIZE
@@ -183,6 +184,26 @@ async def test_a_restore_is_cancelled_at_every_await(tmp_path_factory: pytest.Te
             if len(made.target.trace.points) < point:
                 break
     assert seen == {True, False}
+
+
+async def test_a_frame_that_waits_for_its_turn_is_not_begun_when_all_is_called_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(outbound_module, "GRACE", 10)
+    async with world() as made:
+        due = anyio.Event()
+
+        async def wait(self: Pace, size: int) -> None:
+            if size > TINY.memory_region:
+                made.source.trace.scope.cancel()
+                await anyio.wait_all_tasks_blocked()
+                due.set()
+
+        monkeypatch.setattr(Pace, "wait", wait)
+        await made.migrate()
+        assert due.is_set()
+        assert outcome(made) == "the source runs"
+        assert [frame.name for frame in made.source.link.frames] == ["HELLO", "ROUND", "CAPTURE", "ABORT"]
 
 
 # ---- the devices

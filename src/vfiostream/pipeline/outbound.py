@@ -254,10 +254,10 @@ class Outbound:
         await self._pace.wait(size)
         self.moved_at = anyio.current_time()
         self.waiting = True
-        while not self._session.affords(size):
+        while not self._off and not self._session.affords(size):
             await self._wait()
-            if self._off:
-                return
+        if self._off:
+            return
         bitmap = item.payload[0] if isinstance(item.record, Bitmap) else None
         frame = self._session.send(
             item.record,
