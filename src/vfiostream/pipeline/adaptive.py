@@ -122,6 +122,9 @@ class Choices(ABC):
     @abstractmethod
     def statistics(self) -> Statistics: ...
 
+    def unused(self, choice: Choice) -> None:  # noqa: B027 - most have nothing to take back
+        """The chunk is zeros: nothing was done with it, and neither :meth:`packed` nor :meth:`sent` follows."""
+
     def packed(self, choice: Choice, packed_size: int | None, seconds: float) -> None:
         """A worker has done what the choice says, in ``seconds`` of its time; None if there is no smaller zstd frame.
         In any order; not for raw chunks.
@@ -223,6 +226,10 @@ class Adaptive(Choices):
             self._trial_at = self._clock + size / self._speeds[_QUICKEST] / TRIALS
             level = _QUICKEST
         return Choice(size, level, probe=True, turn=self._turn)
+
+    def unused(self, choice: Choice) -> None:
+        if choice.turn == self._turn and choice.level != self._level:
+            self._trial_at = self._clock
 
     def packed(self, choice: Choice, packed_size: int | None, seconds: float) -> None:
         super().packed(choice, packed_size, seconds)
