@@ -96,8 +96,8 @@ def move(source: End, target: End | None = None, *, watch: bool = False) -> Move
 
 
 def have_backed(size: int) -> None:
-    """Take ``size`` bytes of memory and give them back. Where a hypervisor takes back what its guest leaves free, whoever
-    touches it next waits for the hypervisor: that is not what is to be measured. ``limit.c`` does the same.
+    """Take ``size`` bytes of memory and give them back. Where a hypervisor takes back what its guest leaves free,
+    whoever touches it next waits for the hypervisor: that is not what is to be measured. ``limit.c`` does the same.
     """
     with mmap.mmap(-1, size) as memory:
         memory.madvise(MADV_POPULATE_WRITE)

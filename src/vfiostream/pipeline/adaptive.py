@@ -50,7 +50,7 @@ STARVED = 0.1
 SWALLOWED = 8 << 20
 """Bytes of payload that go out after a change before the level is judged: about what sockets hold."""
 BELIEVED = 0.5
-"""Seconds for which the rate of a link is believed that is not seen any more; a failure rests for twice as long."""
+"""Seconds for which the rate of a link is believed that is not seen any more; a first failure rests twice as long."""
 LONGEST = 16.0
 """Seconds that a failure rests at most."""
 OTHER = 1.5
