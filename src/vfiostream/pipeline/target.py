@@ -416,9 +416,13 @@ class Target:
                     window.area.zero(window.start + window.pos, size)
                     window.advance(size)
                     left -= size
-            elif window.holds(piece.size) and not window.is_present(piece.size):
-                window.area.write(window.start + window.pos, piece.data)
-                window.advance(piece.size)
+            elif window.area.present < window.area.length:
+                data = memoryview(piece.data)
+                while data:
+                    size = min(len(data), window.run_left)
+                    window.area.write(window.start + window.pos, data[:size])
+                    window.advance(size)
+                    data = data[size:]
             else:
                 window.index, window.skip = _accel.scatter(
                     window.memory, window.runs, window.index, window.skip, piece.data, limits.PAGE_SIZE
