@@ -215,6 +215,15 @@ def held(area: GuestRange) -> int:
     return os.fstat(area.fd).st_blocks * 512
 
 
+def test_a_file_that_is_appended_to_is_written_in_its_place() -> None:
+    with Guest([made_range(0, 4)]) as guest:
+        (area,) = guest.ranges
+        fcntl.fcntl(area.fd, fcntl.F_SETFL, os.O_APPEND)
+        with Guest([GuestRange(0, area.length, os.dup(area.fd), "appended to")]) as other:
+            other.ranges[0].write(PAGE_SIZE, b"x" * PAGE_SIZE)
+        assert bytes(area.view) == bytes(PAGE_SIZE) + b"x" * PAGE_SIZE + bytes(2 * PAGE_SIZE)
+
+
 def test_memory_is_made_present() -> None:
     with Guest([made_range(0, 8)]) as guest:
         (area,) = guest.ranges
@@ -246,8 +255,8 @@ def test_a_file_that_takes_no_writes_is_written_in_the_mapping() -> None:
 
 
 def test_zeros_leave_holes_and_touch_nothing_else() -> None:
-    block = 16 * PAGE_SIZE
-    with Guest([made_range(0, 8 * 16)]) as guest:
+    block = PAGE_SIZE
+    with Guest([made_range(0, 8)]) as guest:
         (area,) = guest.ranges
         for n in (1, 2, 5):
             area.view[n * block : (n + 1) * block] = b"x" * block

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import stat
@@ -26,10 +27,9 @@ from vfiostream.errors import GuestError, UsageError
 PAGE_SIZE = 4096
 ADDRESS_SPACE = 1 << 64
 
-_STRETCH = 64 * 1024
-"""Bytes of data after which the next hole is looked for: asking a file where its data ends goes over all of it."""
-
 _LIBC = ctypes.CDLL(None, use_errno=True)
+_ONLY_MAPPED = frozenset({errno.EINVAL, errno.EPERM, errno.EBADF, errno.ESPIPE, errno.ENOSYS, errno.EOPNOTSUPP})
+"""What writing to huge pages, devices and sealed files ends with."""
 _MADV_POPULATE_WRITE = 23
 """madvise(2), Linux 5.14."""
 
@@ -52,7 +52,7 @@ class GuestRange:
     """The memory itself, shared with everybody who maps it: it changes while it is read."""
     present: int = field(init=False, default=0)
     """Bytes from the start of the range that are in our page tables, by :meth:`make_present`."""
-    _writes: bool = field(init=False, repr=False, default=True)
+    _writes: bool = field(init=False, repr=False)
     """Whether the file takes writes, or is only for mapping."""
     _start: int = field(init=False, repr=False)
     """Where it is mapped."""
@@ -76,6 +76,8 @@ class GuestRange:
         except ValueError as error:  # what mmap itself finds wrong with the length, should the file have shrunk
             raise UsageError(f"guest memory {self.name} can't be mapped: {error}") from error
         self.view = memoryview(mapping)
+        # What is to be appended to can't be written in place.
+        self._writes = not fcntl.fcntl(self.fd, fcntl.F_GETFL) & os.O_APPEND
         self._start = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
 
     @property
@@ -107,7 +109,11 @@ class GuestRange:
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT):
                     raise self._no_memory(len(data) - done, error.errno) from error
-                self._writes = False  # Huge pages and devices can only be mapped.
+                if error.errno not in _ONLY_MAPPED:
+                    raise GuestError(
+                        f"guest memory {self.name} can't be written ({error.strerror}): see to its file system"
+                    ) from error
+                self._writes = False
         copy(self.view[start + done : start + len(data)], memoryview(data)[done:])
 
     def _no_memory(self, length: int, number: int) -> GuestError:
@@ -122,7 +128,7 @@ class GuestRange:
         """
         stop = start + length
         while (start := self._first_data(start, stop)) < stop:
-            end = min(stop, start + _STRETCH)
+            end = min(stop, start + PAGE_SIZE)  # where its data ends, a file finds out by going over all of it
             if not is_zero(self.view[start:end]):
                 ctypes.memset(self._start + start, 0, end - start)
             start = end

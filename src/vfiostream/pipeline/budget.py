@@ -14,8 +14,8 @@ import anyio.lowlevel
 from vfiostream.errors import UsageError
 from vfiostream.protocol import limits
 
-CHARGE = 512
-"""Bytes a record is charged at least, for the objects around it."""
+CHARGE = 1024
+"""Bytes that what is less than a whole chunk is charged besides, for the objects around it: they take 945."""
 DEFAULT_BUDGET = 64 * 1024 * 1024
 _BESIDES = 1024 * 1024
 """Bytes for everything that is no chunk."""
@@ -74,7 +74,7 @@ class Budget:
         """
         # Whoever takes without waiting still lets the others work: what is full goes on while the next is filled.
         await anyio.lowlevel.checkpoint()
-        charge = max((self._chunk if self._is_chunk(size) else size) + more, CHARGE)
+        charge = (self._chunk if self._is_chunk(size) else size + CHARGE) + more
         if charge > self.limit:
             raise UsageError(f"{charge} bytes at once do not fit a budget of {self.limit}")
         if self._waiting or self.used + charge > self.limit:
