@@ -194,11 +194,17 @@ int main(int argc, char **argv)
 		region = memory(region_size, 1);
 		memset(region, 1, region_size);
 	}
-	/* The receiver says when its memory is ready. */
-	if (child)
+	/* When the sender has its memory the receiver sees to its own, and says when that is ready. */
+	if (child) {
+		send_all(ends[0], &go, 1);
 		receive_all(ends[0], &go, 1);
-	else
+	} else {
+		receive_all(ends[1], &go, 1);
+		/* What is free may have to come back from a hypervisor first: that is not what is to be measured. */
+		if (!populate)
+			munmap(memory(bytes, 1), bytes);
 		send_all(ends[1], &go, 1);
+	}
 	mine->cpu = seconds(CLOCK_PROCESS_CPUTIME_ID);
 	mine->began = seconds(CLOCK_MONOTONIC);
 	move(ends[child ? 0 : 1], child != 0, content, bytes, chunk, region, region_size);

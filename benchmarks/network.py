@@ -16,12 +16,12 @@ from benchmarks.peers import iperf, limit
 from benchmarks.plan import MIB, CannotRun, Plan
 from benchmarks.row import Row, compare, processor_time
 
-REGIONS = (16 * MIB, MIB)
+REGIONS = (16 * MIB, 4 * MIB, MIB)
 BACKENDS: Sequence[Backend] = ("asyncio", "uvloop", "trio")
 
 
 def device_to_device(plan: Plan) -> Iterator[Row]:
-    """In a region that fits the cache of the last level, and in one that fits that before it."""
+    """In regions of the reference device's own size, of 4 MiB, and of one chunk."""
     for region in REGIONS:
         path = f"TCP, device to device, regions of {region // MIB} MiB"
         device = End("send", memory=plan.size, region=region, settings={"chunk": plan.chunk})

@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import count
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 from tests.interference import (
@@ -19,6 +20,7 @@ from tests.interference import (
     End,
     Frame,
     Interference,
+    Link,
     Rounds,
     World,
     assert_guest_follows,
@@ -48,10 +50,12 @@ from vfiostream.errors import (
 )
 from vfiostream.pipeline import frames as frames_module, outbound as outbound_module, target as target_module
 from vfiostream.pipeline.budget import Budget, Lease
+from vfiostream.pipeline.frames import Pace
 from vfiostream.pipeline.progress import Progress, Summary
 from vfiostream.policy import RoundReport, Verdict
 from vfiostream.protocol.framing import PREFIX_SIZE
 from vfiostream.uapi.four_region import State
+from vfiostream.vendor.inprocess import InProcessAccess
 from vfiostream.vendor.settings import Fault, Operation
 
 pytestmark = pytest.mark.anyio
@@ -180,6 +184,26 @@ async def test_a_restore_is_cancelled_at_every_await(tmp_path_factory: pytest.Te
             if len(made.target.trace.points) < point:
                 break
     assert seen == {True, False}
+
+
+async def test_a_frame_that_waits_for_its_turn_is_not_begun_when_all_is_called_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(outbound_module, "GRACE", 10)
+    async with world() as made:
+        due = anyio.Event()
+
+        async def wait(self: Pace, size: int) -> None:
+            if size > TINY.memory_region:
+                made.source.trace.scope.cancel()
+                await anyio.wait_all_tasks_blocked()
+                due.set()
+
+        monkeypatch.setattr(Pace, "wait", wait)
+        await made.migrate()
+        assert due.is_set()
+        assert outcome(made) == "the source runs"
+        assert [frame.name for frame in made.source.link.frames] == ["HELLO", "ROUND", "CAPTURE", "ABORT"]
 
 
 # ---- the devices
@@ -358,6 +382,40 @@ async def test_a_changed_byte_of_every_frame() -> None:
             async with world() as made:
                 await made.migrate(out=changed(frame.number, change))
                 assert_refused(made, frame.number, frames)
+
+
+async def _check_at_once(self: InProcessAccess) -> None:
+    await anyio.lowlevel.checkpoint_if_cancelled()
+
+
+@pytest.mark.parametrize("where", ["before deliver", "after deliver"])
+@pytest.mark.parametrize("number", [6, 7])
+async def test_a_driver_that_is_done_as_a_bad_frame_comes_gets_nothing_more(
+    where: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As the channel to a vfio-user server, which goes on without a turn of the loop.
+    monkeypatch.setattr(InProcessAccess, "_check", _check_at_once)
+    seen: list[int] = []
+    async with world() as made:
+        trace, known = made.target.trace, anyio.Event()
+
+        async def tell() -> None:
+            seen.append(len(trace.points))
+            known.set()
+
+        async def spoil(link: Link, frame: Frame) -> None:
+            if frame.number != number:
+                await link.deliver(frame.data)
+                return
+            await anyio.wait_all_tasks_blocked()
+            trace.plan["after receive"] = tell
+            await link.deliver(b"X" + frame.data[1:])
+
+        trace.plan[where] = known.wait
+        await made.migrate(out=spoil)
+        assert isinstance(made.target.result, StreamError)
+        assert outcome(made) == "the source runs"
+        assert "after deliver" not in trace.points[seen[0] :]
 
 
 @exhaustive

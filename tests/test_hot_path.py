@@ -10,11 +10,14 @@ import anyio
 import pytest
 
 from tests.movers import MIB, SMALL, guest, machines
-from tests.test_migrate import Rounds, move
-from vfiostream.guest import PAGE_SIZE, Guest
+from tests.test_migrate import Rounds, move, refuse
+from vfiostream.buffers import Buffer
+from vfiostream.errors import GuestError
+from vfiostream.guest import PAGE_SIZE, Guest, GuestRange
 from vfiostream.migrate import receive, send
 from vfiostream.pipeline import outbound
 from vfiostream.pipeline.settings import Settings
+from vfiostream.policy import RoundReport, Verdict
 from vfiostream.transports.memory import memory_pair
 
 pytestmark = pytest.mark.anyio
@@ -100,3 +103,26 @@ async def test_what_nobody_used_stays_unused_on_both_sides() -> None:
         assert os.fstat(theirs.ranges[0].fd).st_blocks * 512 == 2 * MIB
         for at in (0, 16 * MIB):
             assert theirs.ranges[0].view[at : at + MIB] == ours.ranges[0].view[at : at + MIB]
+
+
+async def test_pages_that_lie_scattered_and_find_no_memory_end_the_migration(
+    scattered: tuple[Guest, Guest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Through the mapping they would be a SIGBUS.
+    ours, theirs = scattered
+    for area in (ours.ranges[0], theirs.ranges[0]):
+        area.zero(0, area.length)
+    full = GuestError("there is no memory")
+
+    def write(self: GuestRange, start: int, data: Buffer) -> None:
+        raise full
+
+    class Late(Rounds):
+        def judge(self, report: RoundReport) -> Verdict:
+            ours.ranges[0].view[:] = os.urandom(2 * MIB)
+            return super().judge(report)
+
+    monkeypatch.setattr(GuestRange, "write", write)
+    async with machines(replace(SMALL, memory=0)) as (source, target):
+        _, error = await refuse(source, target, memory=scattered, policy=Late(1))
+        assert error is full

@@ -58,7 +58,7 @@ def speeds(content: Buffer) -> Speeds:
     frames = _chunks(here)
     copy = _speed(AREA, lambda: _accel.copy(there, here))
     check = _speed(AREA, lambda: [framing.body_check(b"", (chunk,), 1) for chunk in frames])
-    compressor = Compressor(1)
+    compressor = Compressor()
     chunks = _chunks(memoryview(content))
     packed = [compressor.compress(chunk) for chunk in chunks]
     size = sum(len(chunk) if made is None else len(made) for chunk, made in zip(chunks, packed, strict=True))

@@ -1,13 +1,13 @@
-"""At which level content is compressed, or whether it goes as it is: settled (:class:`Fixed`) or found (:class:`Adaptive`).
+"""At which level content is compressed, if at all: settled (:class:`Fixed`) or found (:class:`Adaptive`).
 
 Nothing here does anything or has a clock. Whoever has a chunk asks :meth:`Choices.choose`; says :meth:`Choices.packed`
 when a worker is done with it, if it was to be compressed; and :meth:`Choices.sent` when it is on its way, with how long
 the link took and how long the sender had to wait for the worker before.
 
 How :class:`Adaptive` decides. A line that compresses goes as fast as the slower of two: the workers (as many times the
-speed of the level) and the link (its rate times what a byte of payload stands for). So compressing pays where the workers
-take less time than the link would with what they save, and the best level is about where both are busy. That is computed
-for every level, from what is known of the data, the machine and the link:
+speed of the level) and the link (its rate times what a byte of payload stands for). So compressing pays where the
+workers take less time than the link would with what they save, and the best level is about where both are busy. That
+is computed for every level, from what is known of the data, the machine and the link:
 
 - Speed and ratio of the levels are at first what we measured on libraries. The chunks correct them. What a level shows
   when it comes after another is half the difference of the two and half a change of data or load, for all we know; what
@@ -15,19 +15,21 @@ for every level, from what is known of the data, the machine and the link:
 - Some chunks do not shrink. How many is known from those that were tried, and they load the link alone.
 - The rate of the link is seen only where the sender waits for nothing else, and when the sockets between are full: they
   swallow megabytes at the speed of memory. Where it waits for the workers, the link may be faster than what goes
-  over it by any factor. What was seen before is then believed for a while; after that one level less is tried, and so on
-  until the link is what is slow.
-- A change that leads back to where it began rests the matter, for twice as long each time, unless the link becomes another.
+  over it by any factor. What was seen before is then believed for a while; after that one level less is tried, and so
+  on until the link is what is slow.
+- A change that leads back to where it began rests the matter, each time for twice as long, unless the link becomes
+  another.
 - Where all goes raw, a chunk now and then is compressed all the same, to know what that would be like.
 
-A level is judged by the chunks that were chosen since it was, by several of them and some milliseconds at a time, and changed
-only for a gain that is worth it. So it can't change with each chunk.
+A level is judged by the chunks that were chosen since it was, by several of them and some milliseconds at a time, and
+changed only for a gain that is worth it. So it can't change with each chunk.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -36,7 +38,7 @@ LADDER: tuple[int | None, ...] = (None, -5, -1, 1, 3, 6, 9)
 of 2 is within 6 % of both neighbours'), what lies beyond 9 takes longer without getting smaller.
 """
 START = 1
-"""The level to begin with: where the link is slow every raw chunk would cost much time, where it is fast this costs little."""
+"""The level to begin with: a raw chunk costs much where the link is slow, this costs little where it is fast."""
 GAIN = 0.05
 """The least gain in time that a change is worth."""
 FEWEST_CHUNKS = 8
@@ -48,7 +50,7 @@ STARVED = 0.1
 SWALLOWED = 8 << 20
 """Bytes of payload that go out after a change before the level is judged: about what sockets hold."""
 BELIEVED = 0.5
-"""Seconds for which the rate of a link is believed that is not seen any more, and half those that a first failure rests."""
+"""Seconds for which the rate of a link is believed that is not seen any more; a first failure rests twice as long."""
 LONGEST = 16.0
 """Seconds that a failure rests at most."""
 OTHER = 1.5
@@ -119,6 +121,9 @@ class Choices(ABC):
     @property
     @abstractmethod
     def statistics(self) -> Statistics: ...
+
+    def unused(self, choice: Choice) -> None:  # noqa: B027 - most have nothing to take back
+        """The chunk is zeros: nothing was done with it, and neither :meth:`packed` nor :meth:`sent` follows."""
 
     def packed(self, choice: Choice, packed_size: int | None, seconds: float) -> None:
         """A worker has done what the choice says, in ``seconds`` of its time; None if there is no smaller zstd frame.
@@ -196,13 +201,15 @@ class Adaptive(Choices):
         self._window = _Window()
         self._to_swallow = SWALLOWED
         """Bytes of payload that are still to go out before the level is judged."""
-        self._judged = False
-        """Whether it was, and kept, in this turn."""
+        self._judged = 0
+        """How often it was in this turn."""
+        self._kept = False
+        """Whether it was found good."""
 
-        self._origin: int | None = START
-        """The level before the last change from one that had been kept."""
+        self._left: set[int | None] = set()
+        """The level that was kept last, and those after it."""
         self._left_at = 0.0
-        """On the clock: when that was."""
+        """On the clock: when it was left."""
         self._believed_until = 0.0
         """On the clock: what is known of the link."""
         self._patience = BELIEVED
@@ -216,9 +223,13 @@ class Adaptive(Choices):
     def choose(self, size: int) -> Choice:
         level = self._level
         if level is None and self._clock >= self._trial_at:
-            self._trial_at = math.inf  # Until its cost is known, which says when the next one may be.
+            self._trial_at = self._clock + size / self._speeds[_QUICKEST] / TRIALS
             level = _QUICKEST
         return Choice(size, level, probe=True, turn=self._turn)
+
+    def unused(self, choice: Choice) -> None:
+        if choice.turn == self._turn and choice.level != self._level:
+            self._trial_at = self._clock
 
     def packed(self, choice: Choice, packed_size: int | None, seconds: float) -> None:
         super().packed(choice, packed_size, seconds)
@@ -226,12 +237,10 @@ class Adaptive(Choices):
         assert level is not None, "raw chunks are not packed"
         self._shrinking = _KEPT * self._shrinking + (1 - _KEPT) * (packed_size is not None)
         is_trial = level != self._level and choice.turn == self._turn
-        if is_trial:
-            self._trial_at = self._clock + max(seconds, choice.size / self._speeds[level]) / TRIALS
         if packed_size is None or choice.turn != self._turn:
             return
         if is_trial:
-            self._learn(level, choice.size, packed_size, seconds)
+            self._learn(level, choice.size, packed_size, seconds, dict.fromkeys(self._speeds, 1 - _KEPT))
             return
         self._window.content += choice.size
         self._window.packed += packed_size
@@ -260,12 +269,13 @@ class Adaptive(Choices):
 
     # ---- what is known
 
-    def _learn(self, level: int, content: int, packed: int, seconds: float, others: float = 1.0) -> None:
-        """Correct what is known of ``level``, and by the share ``others`` of the logarithm what is known of the others."""
+    def _learn(self, level: int, content: int, packed: int, seconds: float, shares: Mapping[int, float]) -> None:
+        """Correct what is known of each level by its share of the difference (of logarithms) between what is known of
+        ``level`` and what was seen of it.
+        """
         faster = content / max(seconds, 1e-9) / self._speeds[level]
         more = math.log(content / packed) / self._saved[level]
-        for each in self._speeds:
-            share = 1.0 if each == level else others
+        for each, share in shares.items():
             self._speeds[each] *= faster**share
             self._saved[each] *= more**share
 
@@ -279,18 +289,23 @@ class Adaptive(Choices):
     # ---- what follows
 
     def _judge(self, window: _Window) -> None:
+        self._judged += 1
         if window.content and self._level is not None:
-            others = 0.5 if self._turn and not self._judged else 1.0
-            self._learn(self._level, window.content, window.packed, window.seconds, others)
+            share = dict.fromkeys(self._speeds, 1.0)
+            if self._turn and self._judged == 1:
+                share = {level: 0.0 if level in self._left else 0.5 for level in share} | {self._level: 1.0}
+            self._learn(self._level, window.content, window.packed, window.seconds, share)
         starved = window.is_starved and self._level is not None
         if not starved:
             self._rate = window.payload / max(window.link, 1e-9)
             self._believed_until = self._clock + BELIEVED
+        elif self._judged == 1:
+            return  # It may be that the sockets are still swallowing.
         elif self._rate is not None:
             self._rate = max(self._rate, window.payload / (window.link + window.starved))
         level = self._better(starved)
         if level == self._level:
-            self._judged = True
+            self._kept = True
         else:
             self._change(level)
 
@@ -313,17 +328,20 @@ class Adaptive(Choices):
         return best if worth else self._level
 
     def _change(self, level: int | None) -> None:
-        if level == self._origin:
+        if self._kept:
+            self._left.clear()
+            self._left_at = self._clock
+        self._left.add(self._level)
+        if level in self._left:
             failed = self._clock - self._left_at < self._patience
             self._patience = min(2 * self._patience, LONGEST) if failed else BELIEVED
             self._resting_until = self._clock + self._patience
             self._resting_rate = self._rate or 0.0
-        elif self._judged:
-            self._origin = self._level
-            self._left_at = self._clock
+            self._left.clear()
         self._level = level
         self._turn += 1
-        self._judged = False
+        self._judged = 0
+        self._kept = False
         self._window = _Window()
         self._to_swallow = SWALLOWED
         self._trial_at = self._clock

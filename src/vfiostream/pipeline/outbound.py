@@ -160,6 +160,8 @@ class Outbound:
         self._count(size)
         if check is None:
             lease.release()
+            if choice is not None:
+                self.choices.unused(choice)
             self._append(Outgoing(record, (), size, framing.FLAG_ZERO))
             return
         choice = choice or self.choices.choose(size)
@@ -252,10 +254,10 @@ class Outbound:
         await self._pace.wait(size)
         self.moved_at = anyio.current_time()
         self.waiting = True
-        while not self._session.affords(size):
+        while not self._off and not self._session.affords(size):
             await self._wait()
-            if self._off:
-                return
+        if self._off:
+            return
         bitmap = item.payload[0] if isinstance(item.record, Bitmap) else None
         frame = self._session.send(
             item.record,

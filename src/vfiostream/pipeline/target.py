@@ -253,11 +253,19 @@ class Target:
     async def _transfer(self) -> None:
         """Everything up to the END, loaded and checked."""
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._read_all)
+            tasks.start_soon(self._read_to_the_end, tasks.cancel_scope)
             if "zstd" in self._session.features:
                 tasks.start_soon(self._decompressors.run)
             await self._load_all()
             tasks.cancel_scope.cancel()
+
+    async def _read_to_the_end(self, all_tasks: anyio.CancelScope) -> None:
+        try:
+            await self._read_all()
+        except BaseException:
+            # At once: asyncio's group takes some turns of the loop, in which a driver would still get something.
+            all_tasks.cancel()
+            raise
 
     async def _read_all(self) -> None:
         for turn in count():
@@ -408,9 +416,13 @@ class Target:
                     window.area.zero(window.start + window.pos, size)
                     window.advance(size)
                     left -= size
-            elif window.holds(piece.size) and not window.is_present(piece.size):
-                window.area.write(window.start + window.pos, piece.data)
-                window.advance(piece.size)
+            elif window.area.present < window.area.length:
+                data = memoryview(piece.data)
+                while data:
+                    size = min(len(data), window.run_left)
+                    window.area.write(window.start + window.pos, data[:size])
+                    window.advance(size)
+                    data = data[size:]
             else:
                 window.index, window.skip = _accel.scatter(
                     window.memory, window.runs, window.index, window.skip, piece.data, limits.PAGE_SIZE
