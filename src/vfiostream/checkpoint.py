@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import anyio
+import anyio.lowlevel
 
 from vfiostream.devices.contract import Device, as_sequence
 from vfiostream.errors import StreamError, TransportError, UsageError
@@ -123,6 +124,7 @@ async def _read_all(frames: FrameReader, session: TargetSession) -> Contents:
     count = 0
     sizes = dict.fromkeys(RecordType, 0)
     while session.phase is not Phase.DONE:
+        await anyio.lowlevel.checkpoint()  # what the page cache has is read without waiting
         frame = await frames.read()
         if frame is None:
             raise frames.ended()
