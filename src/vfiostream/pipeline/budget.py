@@ -68,12 +68,13 @@ class Budget:
         self._waiting: deque[tuple[int, bool, anyio.Event]] = deque()
         """Of each who waits: the charge, whether it is for a whole chunk, and what is set when it is granted."""
 
-    async def take(self, size: int, more: int = 0) -> Lease:
+    async def take(self, size: int, more: int = 0, *, gives_way: bool = True) -> Lease:
         """Wait until ``size`` bytes, and ``more`` that the holder will allocate itself, are free; return them. Raises
-        UsageError for more than the whole limit. Cancelled, nothing was taken.
+        UsageError for more than the whole limit. Cancelled, nothing was taken. Whoever takes without waiting still lets
+        the others work, so that what is full goes on while the next is filled; but not unless it ``gives_way``.
         """
-        # Whoever takes without waiting still lets the others work: what is full goes on while the next is filled.
-        await anyio.lowlevel.checkpoint()
+        if gives_way:
+            await anyio.lowlevel.checkpoint()
         charge = (self._chunk if self._is_chunk(size) else size + CHARGE) + more
         if charge > self.limit:
             raise UsageError(f"{charge} bytes at once do not fit a budget of {self.limit}")

@@ -142,9 +142,9 @@ class Outbound:
         """Put a record without content in line."""
         self._append(Outgoing(record))
 
-    async def take(self, size: int) -> Lease:
+    async def take(self, size: int, *, gives_way: bool = True) -> Lease:
         """Memory for ``size`` bytes of content; waits until the budget has it."""
-        return await self.budget.take(size, bound(size) if self.compresses else 0)
+        return await self.budget.take(size, bound(size) if self.compresses else 0, gives_way=gives_way)
 
     def put_bitmap(self, record: Bitmap, lease: Lease) -> None:
         """Put a bitmap in line; the lease is the line's from here on."""
@@ -178,7 +178,8 @@ class Outbound:
         """Send ``content`` from where it lies, or copy it. Returns when its place is not needed any more."""
         choice = self.choices.choose(len(content))
         if choice.level is not None or min(self.driver.per_byte, self._link.per_byte) > WORTH_A_COPY:
-            lease = await self.take(len(content))
+            # The region is emptied in one go: then the driver collects what is next while this is sent.
+            lease = await self.take(len(content), gives_way=False)
             self.put_copied(record, lease, _accel.copy_check(lease.view, content, *self._session.head(record)), choice)
             return
         self._count(len(content))
