@@ -37,10 +37,8 @@ LADDER: tuple[int | None, ...] = (None, -5, -1, 1, 3, 6, 9)
 """What :class:`Adaptive` chooses from, the quickest first. None is raw. What lies between gains little more (the ratio
 of 2 is within 6 % of both neighbours'), what lies beyond 9 takes longer without getting smaller.
 """
-START = -5
-"""The level to begin with: quick enough not to cost much where the link is fast, and raw chunks cost much where it is
-slow.
-"""
+START = 1
+"""The level to begin with: a raw chunk costs much where the link is slow, this costs little where it is fast."""
 GAIN = 0.05
 """The least gain in time that a change is worth."""
 FEWEST_CHUNKS = 8
