@@ -20,7 +20,7 @@ from vfiostream import _accel, probe, transports
 from vfiostream.cli import options
 from vfiostream.cli.exits import Exit, failure_of
 from vfiostream.cli.report import Report, Result, Watched
-from vfiostream.cli.run import Output, Run, carry_out
+from vfiostream.cli.run import KILL_AFTER, Output, Run, carry_out, end
 from vfiostream.cli.specimen import DATA, WHATS, Data, check_room, check_size, make_content
 from vfiostream.cli.trial import Answer, Part, Run as Measured, Served, measure, serve
 from vfiostream.cli.values import (
@@ -49,8 +49,6 @@ OUTLOOKS = (4 * GIB, 16 * GIB, 64 * GIB)
 LOOPBACK = "tcp:127.0.0.1:0"
 STARTS_WITHIN = 30.0
 """Seconds that the other process may take to start."""
-KILL_AFTER = 5.0
-"""Seconds that it may take to end when it is told to."""
 MAX_LINE = 4096
 
 
@@ -184,14 +182,7 @@ async def _other_end(address: str | None, size: int) -> AsyncIterator[str]:
         with anyio.move_on_after(KILL_AFTER):
             await process.wait()
     finally:
-        with anyio.CancelScope(shield=True):
-            if process.returncode is None:
-                process.terminate()
-            with anyio.move_on_after(KILL_AFTER) as scope:
-                await process.wait()
-            if scope.cancelled_caught:
-                process.kill()
-            await process.aclose()
+        await end(process)
 
 
 def _result(

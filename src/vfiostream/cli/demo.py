@@ -28,7 +28,7 @@ from vfiostream.access import open_access
 from vfiostream.cli import options
 from vfiostream.cli.exits import Exit
 from vfiostream.cli.report import Result
-from vfiostream.cli.run import Output, Run, carry_out
+from vfiostream.cli.run import Output, Run, carry_out, end
 from vfiostream.cli.summary import document, lines
 from vfiostream.cli.values import option_size
 from vfiostream.devices import open_device
@@ -46,8 +46,6 @@ GUEST_ADDRESS = 4 << 30
 
 PATIENCE = 30.0
 """Seconds a process may take to start, or to end by itself."""
-KILL_AFTER = 5.0
-"""Seconds a process may take to end when it is told to."""
 MAX_LINE = 4096
 DIGEST_SIZE = 32
 
@@ -167,14 +165,7 @@ async def _started(*arguments: str) -> AsyncIterator[Process]:
             raise DeviceLost(f"`vfiostream {arguments[0]}` did not start; what it said stands above") from error
         yield process
     finally:
-        with anyio.CancelScope(shield=True):
-            if process.returncode is None:
-                process.terminate()
-            with anyio.move_on_after(KILL_AFTER) as scope:
-                await process.wait()
-            if scope.cancelled_caught:
-                process.kill()
-            await process.aclose()
+        await end(process)
 
 
 def _file_digest(path: Path) -> str:

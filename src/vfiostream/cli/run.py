@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
 import anyio
-from anyio.abc import TaskGroup
+from anyio.abc import Process, TaskGroup
 
 from vfiostream.cli.exits import Cancelled, Exit, failure_of
 from vfiostream.cli.report import Report, Result, Watched, report_for
@@ -103,3 +103,19 @@ async def _until_signal(work: Work, report: Report, signals: AsyncIterator[signa
     except BaseExceptionGroup as group:
         error = cause(group)
     raise error
+
+
+KILL_AFTER = 5.0
+"""Seconds that a process of ours may take to end when it is told to."""
+
+
+async def end(process: Process) -> None:
+    """Have a process of ours end, whoever is cancelled meanwhile."""
+    with anyio.CancelScope(shield=True):
+        if process.returncode is None:
+            process.terminate()
+        with anyio.move_on_after(KILL_AFTER) as scope:
+            await process.wait()
+        if scope.cancelled_caught:
+            process.kill()
+        await process.aclose()

@@ -185,6 +185,9 @@ class Outbound:
         self._count(len(content))
         item = Outgoing(record, (content,), len(content), choice=choice)
         self._shrink(item, content)
+        if item.flags == framing.FLAG_ZERO:
+            item.choice = None
+            self.choices.unused(choice)
         self._append(item)
         await self.flushed()
 
