@@ -1,7 +1,11 @@
-"""How a device is reached: regions that can be read, written and mapped, and DMA mappings.
+"""How a device is reached: regions, DMA mappings, and what ``VFIO_DEVICE_FEATURE`` offers.
 
-An access knows nothing of migration. vfio-user is one; the kernel's file descriptors and an in-process device for tests
-are others. Every access passes the suite in ``tests/access_contract.py``.
+An access knows no interface of migration: it carries what one asks, whatever that means. vfio-user is one; the kernel's
+file descriptors and an in-process device for tests are others. Every access passes the suite in
+``tests/access_contract.py``.
+
+Only what has several forms is more than a plain feature: the data of a migration (a file descriptor, or messages) and
+the log of what the device writes by DMA (pointers, or messages; the device's own, or its IOMMU's).
 """
 
 from __future__ import annotations
@@ -9,9 +13,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from vfiostream.buffers import Buffer
 from vfiostream.closing import Closing
+from vfiostream.uapi.vfio import FeatureOperation
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +53,46 @@ class DeviceInfo:
     can_reset: bool
     num_regions: int
     num_irqs: int
+
+
+class PrecopyInfo(NamedTuple):
+    """``vfio_precopy_info``."""
+
+    reinit: bool
+    """``VFIO_PRECOPY_INFO_REINIT``: there are new initial bytes. Only from a driver that was opted in to say so
+    (``VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2``).
+    """
+    initial: int
+    """Bytes that the target should have before the source stops."""
+    dirty: int
+    """Bytes beyond them that there are now, estimated."""
+
+
+class MigrationData(Closing):
+    """The bytes of a device's state, one way: out of it in PRE_COPY and STOP_COPY, into it in RESUMING. A stream: where
+    the bytes are cut means nothing.
+
+    Errors and cancellation are those of :class:`Access`; a call that was cancelled may have moved bytes, so the state
+    that was being moved is of no use after it.
+    """
+
+    @abstractmethod
+    async def read_into(self, into: memoryview) -> int:
+        """Read some bytes, at most ``len(into)``; returns how many. 0 is the end in STOP_COPY. In PRE_COPY a driver
+        that has nothing for now refuses with ENOMSG, or returns 0: so decide by the state.
+        """
+
+    @abstractmethod
+    async def write(self, data: Buffer) -> None:
+        """Write all of ``data``."""
+
+    @abstractmethod
+    async def precopy_info(self) -> PrecopyInfo:
+        """``VFIO_MIG_GET_PRECOPY_INFO``: in PRE_COPY only. ENOTTY where neither driver nor access has it."""
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Let go of it; the device's state stays what it is. Never raises; may be called again."""
 
 
 class Access(Closing):
@@ -101,6 +147,53 @@ class Access(Closing):
     @abstractmethod
     async def reset(self) -> None:
         """``VFIO_DEVICE_RESET``."""
+
+    # ---- VFIO_DEVICE_FEATURE: a device that does not have one refuses with ENOTTY
+
+    @abstractmethod
+    async def feature(self, operation: FeatureOperation, feature: int, data: bytes = b"", size: int = 0) -> bytes:
+        """``VFIO_DEVICE_FEATURE``: get, set or probe ``feature``. ``data`` is what is passed after the header; a GET
+        returns ``size`` bytes, everything else none. Not for what has a method of its own below.
+        """
+
+    @abstractmethod
+    async def set_migration_state(self, state: int) -> MigrationData | None:
+        """Set ``VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE``; returns when the device is in that state. With it comes the
+        data of a migration where the driver opens one (None: the one before goes on, or there is none). After a failure
+        the device may be in a state on the way: ask which. The caller closes the data.
+        """
+
+    @abstractmethod
+    async def can_log_dma(self) -> bool:
+        """Whether there is a log of what the device writes by DMA: its own, or else its IOMMU's."""
+
+    @abstractmethod
+    async def start_dma_log(self, page_size: int, ranges: Sequence[tuple[int, int]]) -> None:
+        """Log the device's writes to ``ranges``, (IOVA, length) in whole pages, apart from each other, in pages of
+        ``page_size`` or smaller ones. A log that runs already is begun anew.
+        """
+
+    @abstractmethod
+    async def read_dma_log(self, iova: int, length: int, page_size: int, bitmap: memoryview) -> None:
+        """OR what was written since the last call into ``bitmap`` (bit n is page n from ``iova``, little endian within
+        bytes, a whole number of 64-bit words). Asking clears.
+        """
+
+    @abstractmethod
+    async def stop_dma_log(self) -> None:
+        """End the log; nothing where none runs."""
+
+    # ---- the version of the device, as the 2019 thread proposed it: outside of any region
+
+    async def version(self) -> str | None:
+        """The driver's own version string, where the access has a way to read it (the ``version`` attribute of a
+        mediated device's type); None where there is none.
+        """
+        return None
+
+    async def accepts_version(self, version: str) -> bool:
+        """Ask the driver whether it takes the stream of a device of ``version``; True where it has no such way."""
+        return True
 
     @abstractmethod
     async def aclose(self) -> None:

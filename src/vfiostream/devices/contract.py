@@ -1,22 +1,26 @@
 """What a device that can move is, whatever interface its driver speaks.
 
-A device gives *captures*: ordered, opaque sequences of bytes of its memory (the first is the whole, later ones hold
-what changed since), and at the end its *config* in one piece. The target takes captures in the same order, cut
-wherever the stream cut them, and the config last. Every device passes the suite in ``tests/device_contract.py``.
+A device gives its state in rounds. A round is a sequence of *captures*: ordered, opaque sequences of bytes, some of a
+size that is known when they begin, some not (the first round is the whole, later ones hold what changed since); and at
+the end there may be a *config* in one piece. The target takes captures in the same order, cut wherever the stream cut
+them, and the config last. Every device passes the suite in ``tests/device_contract.py``.
 
 States, and the only legal order of calls::
 
-    source   idle --start_precopy--> logging --stop--> stopped --release--> released
-             any of these --resume--> idle
-    target   idle --start_load--> loading --finish_load--> loaded --run--> running
+    source   idle --start_precopy--> tracking --quiesce--> quiet --stop--> stopped --release--> released
+             stopped (or where a call failed) --quiesce--> waking; any of these --resume--> idle
+    target   idle --start_load--> loading --finish_load--> loaded --quiesce--> quiet --run--> running
              any of these --abandon--> abandoned (stopped; never runs what it has)
 
-After any failure or cancellation of a call, only ``resume`` or ``release`` (source) and ``abandon`` (target) are in
-order. A driver may begin to report dirty guest pages only when the first capture has been read: ``merge_dirty`` comes
-after it, and guest memory is first read after it.
+Several devices that move together take each of these steps before any takes the next, because of what they may do to
+each other while *quiet*.
 
-Bytes are never copied here unless :meth:`Device.write` is asked to: what goes out is sent from where the driver put it,
-what comes in is received where the driver will look for it.
+After any failure or cancellation of a call, only ``quiesce``, ``resume`` or ``release`` (source) and ``abandon``
+(target) are in order. A driver may begin to report dirty guest pages only when the first round has been read:
+``merge_dirty`` comes after it, and guest memory is first read after it.
+
+Bytes are not copied here where they lie in memory: what goes out is sent from where the driver put it, what comes in is
+received where the driver will look for it. What has to be asked for by a call goes from and to memory of the caller's.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from vfiostream._accel import copy
 from vfiostream.buffers import Buffer
@@ -48,19 +53,30 @@ class DeviceDescription:
     """What one has to know of a device to say whether another can take its state."""
 
     interface: str
-    """``"four-region"``."""
+    """``"four-region"`` (2019), ``"migration-region"`` (Linux 5.8), ``"migration-states"`` (Linux 5.18)."""
     version: str | None
     """The driver's own version string; opaque. None where the driver has none."""
     device_memory: bool
-    """Whether the device has memory of its own (capability DEVICE_MEMORY)."""
+    """Whether there are captures: the four regions' capability DEVICE_MEMORY; the other interfaces always have them."""
     dirty_tracking: bool
-    """Whether the device reports the guest pages it dirties (capability SYSTEM_MEMORY)."""
+    """Whether it is reported which guest pages the device dirties: the four regions' capability SYSTEM_MEMORY; else a
+    log of the device's own or of its IOMMU.
+    """
     config_size: int
-    """Bytes of its config now."""
+    """Bytes of its config now; 0 where the interface has none apart from the captures."""
     config_limit: int
     """Bytes of config it can take: the size of its config region."""
     pci: PciIdentity | None
     """None for a device that is not on PCI."""
+
+
+class Pending(NamedTuple):
+    """What a device says that it still has to give, in bytes."""
+
+    initial: int
+    """What the target should have before the source stops, so that the rest goes quickly."""
+    rest: int
+    """What it would give beyond that, if it were stopped now; estimated."""
 
 
 class Device(Closing):
@@ -78,23 +94,43 @@ class Device(Closing):
     @abstractmethod
     async def start_precopy(self) -> None:
         """Start tracking what changes; the device goes on running. What an earlier session left behind is forgotten:
-        the first capture is the whole memory.
+        the first round is the whole. Guest memory was mapped before.
         """
 
     @abstractmethod
-    async def capture(self) -> int:
-        """Let the driver collect what has to be sent now; returns its size in bytes, known exactly, 0 for nothing. The
-        capture before must have been taken to its end. Only with ``description.device_memory``.
+    async def begin_round(self) -> None:
+        """Let :meth:`capture` give what there is to give now. The round before has been read to its end."""
+
+    @abstractmethod
+    async def capture(self) -> int | None:
+        """Go on to the next capture of the round: returns its size in bytes, 0 where the round has no more, None where
+        only its end will tell. The capture before must have been taken to its end. A round ends by itself, also of a
+        device that changes all the time: with it comes at most what there was to give when it began, or little more.
+        Only with ``description.device_memory``.
         """
 
     @abstractmethod
-    async def next(self, most: int) -> memoryview:
+    async def next(self, most: int) -> memoryview | None:
         """The next bytes of the capture or config where they lie: at least one and at most ``most`` (more than 0) of
-        them, or none at its end. The caller asks until there are none.
+        them, or none at its end. None where they do not lie in memory: they are to be had with :meth:`read`. The caller
+        asks until there are none.
 
-        The bytes are the device's own (a region that is mapped, or at most ``most`` bytes of a buffer where it can't
-        be) and stay what they are until the next call to the device: whoever needs them longer copies them. The caller
-        releases the view before that call. May return without having waited for anything.
+        The bytes are the device's own and stay what they are until the next call to the device: whoever needs them
+        longer copies them. The caller releases the view before that call. May return without having waited for
+        anything.
+        """
+
+    @abstractmethod
+    async def read(self, into: memoryview) -> int:
+        """Copy the next bytes of the capture or config to ``into`` (not empty); returns how many, 0 at its end. Fewer
+        than fit are no sign of the end. ``into`` is the device's while the call runs, and after a cancelled one it may
+        hold anything.
+        """
+
+    @abstractmethod
+    async def pending(self) -> Pending | None:
+        """What the device says of itself, between two rounds or after the last; None for one that can't be asked
+        without making it capture. Before the stop only.
         """
 
     @abstractmethod
@@ -105,6 +141,12 @@ class Device(Closing):
         """
 
     @abstractmethod
+    async def quiesce(self) -> None:
+        """Make no accesses to other devices any more (or not yet, on the way back and on the target), while it still
+        answers theirs: ``RUNNING_P2P`` and ``PRE_COPY_P2P``. Does nothing where the interface has no such state.
+        """
+
+    @abstractmethod
     async def stop(self) -> None:
         """Stop the device for good consistency; what it changed until now is still tracked. Runs on after
         :meth:`resume`.
@@ -112,8 +154,8 @@ class Device(Closing):
 
     @abstractmethod
     async def capture_config(self) -> int:
-        """Let the driver collect its config, while stopped; returns its size in bytes. :meth:`next` then gives it as
-        it gives a capture.
+        """Let the driver collect its config, while stopped; returns its size in bytes, 0 where there is none.
+        :meth:`next` and :meth:`read` then give it as they give a capture.
         """
 
     @abstractmethod
@@ -143,13 +185,16 @@ class Device(Closing):
         """Stop the device, ready to take state."""
 
     @abstractmethod
-    async def begin_capture(self, size: int) -> None:
-        """A capture of ``size`` bytes follows. Raises :class:`~vfiostream.errors.DeviceRefused` where it can't fit."""
+    async def begin_capture(self, size: int | None) -> None:
+        """A capture of ``size`` bytes follows (None: of as many as come before the next begins). Raises
+        :class:`~vfiostream.errors.DeviceRefused` where it can't fit, and :class:`~vfiostream.errors.Incompatible` where
+        captures of this interface always, or never, have a size.
+        """
 
     @abstractmethod
     def room(self, most: int) -> memoryview:
         """Where the next bytes of the capture or config go: at most ``most`` (more than 0) of them, none where all that
-        was announced is there.
+        was announced is there, or there is no such place: then they are to be given with :meth:`write`.
 
         The place is the device's own, as that of :meth:`next`, and no driver looks at it: what is put there may be
         anything until :meth:`fill` says that it is right. Asking again gives the same place, until then. The caller
@@ -168,8 +213,8 @@ class Device(Closing):
         """Let the driver take what is there: a region is full, or the capture or config ends."""
 
     async def write(self, data: Buffer) -> None:
-        """Copy ``data`` to where the next bytes of the capture or config go, and deliver as it fills up. More than was
-        announced is a :class:`~vfiostream.errors.LocalProtocolError`.
+        """Give ``data`` as the next bytes of the capture or config. More than was announced is a
+        :class:`~vfiostream.errors.LocalProtocolError`.
         """
         rest = memoryview(data)
         while rest:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from enum import IntEnum, IntFlag
 
 DEVICE_FLAGS_RESET = 1 << 0
 DEVICE_FLAGS_PCI = 1 << 1
@@ -36,6 +37,85 @@ _CAP_HEADER = struct.Struct("<HHI")
 _CAP_TYPE = struct.Struct("<II")
 _CAP_SPARSE = struct.Struct("<II")
 _AREA = struct.Struct("<QQ")
+
+REGION_TYPE_MIGRATION = 3
+REGION_SUBTYPE_MIGRATION = 1
+"""The migration region of Linux 5.8 to 5.17."""
+
+MIGRATION_INFO = struct.Struct("<IIQQQ")
+"""``vfio_device_migration_info``, at the start of that region: device_state, reserved, pending_bytes, data_offset,
+data_size.
+"""
+
+
+class RegionState(IntFlag):
+    """``device_state`` of that region; 0 is stopped."""
+
+    RUNNING = 1
+    SAVING = 2
+    RESUMING = 4
+
+
+class FeatureOperation(IntFlag):
+    """What ``VFIO_DEVICE_FEATURE`` is to do with a feature."""
+
+    GET = 1 << 16
+    SET = 1 << 17
+    PROBE = 1 << 18
+
+
+class Feature(IntEnum):
+    """``VFIO_DEVICE_FEATURE_*``: what they carry is in the structures below."""
+
+    MIGRATION = 1
+    MIG_DEVICE_STATE = 2
+    DMA_LOGGING_START = 6
+    DMA_LOGGING_STOP = 7
+    DMA_LOGGING_REPORT = 8
+    MIG_DATA_SIZE = 9
+    MIG_PRECOPY_INFO_V2 = 12
+
+
+class MigrationFlags(IntFlag):
+    """What a driver of the migration states (Linux 5.18) can do; the answer to Feature.MIGRATION."""
+
+    STOP_COPY = 1
+    P2P = 2
+    PRE_COPY = 4
+
+
+class MigrationState(IntEnum):
+    """``enum vfio_device_mig_state``."""
+
+    ERROR = 0
+    STOP = 1
+    RUNNING = 2
+    STOP_COPY = 3
+    RESUMING = 4
+    RUNNING_P2P = 5
+    PRE_COPY = 6
+    PRE_COPY_P2P = 7
+
+
+FEATURE = struct.Struct("<II")
+"""``vfio_device_feature``: argsz, flags (the feature's number and FeatureOperation)."""
+FEATURE_MIGRATION = struct.Struct("<Q")
+"""MigrationFlags."""
+FEATURE_MIG_STATE = struct.Struct("<Ii")
+"""MigrationState, data_fd."""
+FEATURE_DATA_SIZE = struct.Struct("<Q")
+"""stop_copy_length."""
+FEATURE_DMA_LOGGING = struct.Struct("<QII")
+"""page_size, num_ranges, reserved; then a pointer to the ranges (the kernel), or they (vfio-user)."""
+DMA_LOGGING_RANGE = struct.Struct("<QQ")
+"""iova, length."""
+FEATURE_DMA_LOGGING_REPORT = struct.Struct("<QQQ")
+"""iova, length, page_size; then a pointer to the bitmap (the kernel), or it (vfio-user)."""
+PRECOPY_INFO = struct.Struct("<IIQQ")
+"""``vfio_precopy_info``: argsz, flags, initial_bytes, dirty_bytes."""
+PRECOPY_INFO_REINIT = 1
+MAX_DMA_LOGGING_RANGES = 256
+"""Ranges that one log takes: a page of them (``vfio_main.c``, LOG_MAX_RANGES)."""
 
 MAX_REGION_INFO = 64 * 1024
 """Largest region info with its capabilities that we believe, in bytes."""
