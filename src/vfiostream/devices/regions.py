@@ -11,7 +11,12 @@ from typing import Self
 
 from vfiostream._accel import copy
 from vfiostream.access.contract import Access, MappedArea, RegionInfo
-from vfiostream.devices.control import operation
+from vfiostream.devices.operations import operation
+
+
+async def regions_of(access: Access) -> list[RegionInfo]:
+    """All regions of the device behind ``access``, by their indexes."""
+    return [await access.region_info(index) for index in range(access.info.num_regions)]
 
 
 class Region:
