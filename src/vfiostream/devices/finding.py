@@ -5,6 +5,7 @@ from __future__ import annotations
 from vfiostream.access.contract import Access
 from vfiostream.devices.contract import Device
 from vfiostream.devices.four_region import FourRegionDevice, Order
+from vfiostream.devices.migration_region import MigrationRegionDevice, migration_region
 from vfiostream.devices.migration_states import MigrationStatesDevice, migration_flags
 from vfiostream.devices.operations import blocker
 from vfiostream.devices.regions import regions_of
@@ -19,6 +20,8 @@ async def find(access: Access, *, order: Order = "session") -> Device:
         infos = await regions_of(access)
         if (flags := await migration_flags(access)) is not None:
             return await MigrationStatesDevice.open(access, flags, infos)
+        if (region := migration_region(infos)) is not None:
+            return await MigrationRegionDevice.open(access, infos, region)
         if any(info.type == four_region.REGION_TYPE and info.size for info in infos):
             return await FourRegionDevice.open(access, order=order)
         raise blocker(

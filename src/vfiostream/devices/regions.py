@@ -24,9 +24,9 @@ class Region:
 
     def __init__(self, access: Access, info: RegionInfo, name: str, areas: Sequence[MappedArea]) -> None:
         """``areas`` are ordered by offset and do not overlap; they belong to the access."""
+        self.index = info.index
         self.size = info.size
         self._access = access
-        self._index = info.index
         self._name = name
         self._areas = tuple(areas)
 
@@ -50,7 +50,7 @@ class Region:
                 copy(piece, mapped)
             else:
                 with operation(self._access.name, f"read {len(piece)} bytes of its {self._name} at {offset + done}"):
-                    await self._access.read_into(self._index, offset + done, piece)
+                    await self._access.read_into(self.index, offset + done, piece)
             done += len(piece)
 
     async def write(self, offset: int, data: memoryview) -> None:
@@ -63,7 +63,7 @@ class Region:
                 copy(mapped, piece)
             else:
                 with operation(self._access.name, f"write {len(piece)} bytes of its {self._name} at {offset + done}"):
-                    await self._access.write(self._index, offset + done, piece)
+                    await self._access.write(self.index, offset + done, piece)
             done += len(piece)
 
     def forget_areas(self) -> None:
