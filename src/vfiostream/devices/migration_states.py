@@ -79,7 +79,7 @@ class MigrationStatesDevice(ReadableDevice[State]):
         self._p2p = MigrationFlags.P2P in flags
         self._data: MigrationData | None = None
         self._due: float = 0
-        """Bytes that this round still has at most, as far as is known; 0 at its end."""
+        """Bytes that this round still has, by what the driver told: at 0 it is asked once more, below it is its end."""
         self._capturing = False
         self._ended = False
         """Whether the stream is at its end."""
@@ -174,7 +174,7 @@ class MigrationStatesDevice(ReadableDevice[State]):
             if not count:
                 self._ended = self._state is State.STOP_COPY
                 self._due = 0
-            self._capturing = self._due > 0
+            self._capturing = count > 0 and self._due >= 0
             return count
 
     async def _read(self, into: memoryview) -> int:
