@@ -19,6 +19,7 @@ from vfiostream.vendor import pci
 from vfiostream.vendor.driver import Driver
 from vfiostream.vendor.four_region import FourRegionDriver
 from vfiostream.vendor.hardware import DIGEST_SIZE, Hardware
+from vfiostream.vendor.migration_region import MigrationRegionDriver
 from vfiostream.vendor.migration_states import MigrationStatesDriver
 from vfiostream.vendor.regions import Region
 from vfiostream.vendor.settings import Interface, Settings
@@ -32,6 +33,7 @@ NUM_IRQS = 5
 
 _DRIVERS: dict[Interface, type[Driver]] = {
     "four-region": FourRegionDriver,
+    "migration-region": MigrationRegionDriver,
     "migration-states": MigrationStatesDriver,
 }
 _U32 = struct.Struct("<I")
@@ -58,7 +60,7 @@ class ReferenceDevice:
     def read(self, index: int, offset: int, into: memoryview) -> None:
         """Read ``len(into)`` bytes of a region. Raises OSError, Hang, Exit."""
         region = self._checked(index, offset, len(into), "read")
-        if region.view is not None:
+        if region.view is not None and offset >= region.trapped:
             into[:] = region.view[offset : offset + len(into)]
         elif index == PCI_CONFIG_REGION:
             into[:] = self._hardware.pci.read(offset, len(into))
@@ -72,7 +74,7 @@ class ReferenceDevice:
         region = self._checked(index, offset, len(data), "write")
         if not region.writable:
             raise OSError(errno.EPERM, f"region {index} can't be written")
-        if region.view is not None:
+        if region.view is not None and offset >= region.trapped:
             region.view[offset : offset + len(data)] = data
         elif index == PCI_CONFIG_REGION:
             self._hardware.pci.write(offset, data)

@@ -24,6 +24,8 @@ class Region:
     """(offset, length) of what a client may map."""
     fd: int | None = None
     view: memoryview | None = None
+    trapped: int = 0
+    """Bytes at the start of a staging region that are registers of the driver's."""
 
     @property
     def sparse(self) -> bool:
@@ -48,11 +50,13 @@ def mappable_areas(size: int, how: Mmap, *, start: int = 0) -> tuple[tuple[int, 
     return tuple((start + first, end - first) for first, end in areas if first < end)
 
 
-def staging_region(name: str, type_: tuple[int, int], size: int, mappable: tuple[tuple[int, int], ...]) -> Region:
+def staging_region(
+    name: str, type_: tuple[int, int], size: int, mappable: tuple[tuple[int, int], ...], *, trapped: int = 0
+) -> Region:
     """A region of memory that driver and client pass data through."""
     fd = os.memfd_create(f"vfiostream-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, size)
     # A client gets this fd. Without the seals it could shrink the file and have our next access end in SIGBUS.
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
     mapped = mmap.mmap(fd, size, mmap.MAP_SHARED | mmap.MAP_POPULATE)
-    return Region(size, True, True, type_, mappable, fd, memoryview(mapped))
+    return Region(size, True, True, type_, mappable, fd, memoryview(mapped), trapped)

@@ -280,7 +280,7 @@ class _Client:
         if len(body) < size:
             raise OSError(errno.EINVAL, f"DEVICE_FEATURE of {len(body)} bytes is too short")
         argsz, flags = vfio.FEATURE.unpack_from(body)
-        if flags & vfio.FEATURE_MASK == vfio.Feature.DMA_LOGGING_REPORT and flags & vfio.FeatureOperation.GET:
+        if flags == vfio.FeatureOperation.GET | vfio.Feature.DMA_LOGGING_REPORT:
             self._check_report(argsz, body[size:])
         answer = self._device.driver.feature(flags, body[size:])
         if argsz < size + len(answer) and flags & vfio.FeatureOperation.GET:
