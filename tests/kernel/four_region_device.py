@@ -6,6 +6,7 @@ Region indexes and registers are those of ``four_region/four_region.h``.
 from __future__ import annotations
 
 import errno
+import mmap
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +59,7 @@ class FourRegion:
     def __init__(self, device: RawDevice) -> None:
         self.device = device
         self.regions = [device.info(index) for index in range(device.num_regions)]
+        self._maps: dict[tuple[int, int], mmap.mmap] = {}
         self.layout = PACKED if self.regions[CONTROL].size == PACKED.size else NATURAL
 
     # ---- registers and memory
@@ -112,23 +114,24 @@ class FourRegion:
         self.control(self.layout.memory_pos, "<Q", pos)
         self.control(self.layout.memory_action, "<I", Action.GET_BUFFER)
 
-    def take_capture(self) -> bytes:
+    def take_capture(self) -> bytearray:
         """Make a capture and fetch all of it."""
-        size, info, out = self.capture(), self.regions[MEMORY], bytearray()
+        size, info = self.capture(), self.regions[MEMORY]
+        out = bytearray(size)
         for pos in range(0, size, info.size):
             self.fetch(pos)
-            out += self.get_data(info, min(info.size, size - pos))
-        return bytes(out)
+            self.get_data(info, memoryview(out)[pos : pos + info.size])
+        return out
 
     def announce(self, size: int) -> None:
         self.control(self.layout.memory_size, "<Q", size)
 
-    def load_chunk(self, pos: int, data: bytes | memoryview) -> None:
+    def load_chunk(self, pos: int, data: bytes | bytearray | memoryview) -> None:
         self.put_data(self.regions[MEMORY], data)
         self.control(self.layout.memory_pos, "<Q", pos)
         self.control(self.layout.memory_action, "<I", Action.SET_BUFFER)
 
-    def load_capture(self, data: bytes) -> None:
+    def load_capture(self, data: bytes | bytearray) -> None:
         self.announce(len(data))
         step = self.regions[MEMORY].size
         for pos in range(0, len(data), step):
@@ -137,7 +140,9 @@ class FourRegion:
     def take_config(self) -> bytes:
         size = self.control(self.layout.config_size, "<Q")
         self.control(self.layout.config_action, "<I", Action.GET_BUFFER)
-        return self.get_data(self.regions[CONFIG], size)
+        out = bytearray(size)
+        self.get_data(self.regions[CONFIG], out)
+        return bytes(out)
 
     def load_config(self, data: bytes) -> None:
         self.control(self.layout.config_size, "<Q", len(data))
@@ -147,38 +152,45 @@ class FourRegion:
     def dirty_pages(self, iova: int, pages: int) -> set[int]:
         """Numbers of the dirty pages, counted from ``iova``."""
         self.control(self.layout.start_addr, "<QQ", iova, pages)
-        bits = int.from_bytes(self.get_data(self.regions[BITMAP], (pages + 7) // 8), "little")
+        raw = bytearray((pages + 7) // 8)
+        self.get_data(self.regions[BITMAP], raw)
+        bits = int.from_bytes(raw, "little")
         return {page for page in range(pages) if bits >> page & 1}
 
     # ---- data regions: mapped where they can be, read and written elsewhere
 
-    def get_data(self, info: Info, count: int) -> bytes:
-        out = bytearray()
-        for offset, length, mapped in self._pieces(info, count):
-            if mapped:
-                out += self.device.map(info, offset, length)[:]
+    def get_data(self, info: Info, into: bytearray | memoryview) -> None:
+        for start, end, mapped in self._pieces(info, len(into)):
+            if mapped is not None:
+                into[start:end] = mapped
             else:
-                out += self.device.read(info, offset, length)
-        return bytes(out)
+                into[start:end] = self.device.read(info, start, end - start)
 
-    def put_data(self, info: Info, data: bytes | memoryview) -> None:
-        for offset, length, mapped in self._pieces(info, len(data)):
-            piece = data[offset : offset + length]
-            if mapped:
-                self.device.map(info, offset, length)[:] = piece
+    def put_data(self, info: Info, data: bytes | bytearray | memoryview) -> None:
+        for start, end, mapped in self._pieces(info, len(data)):
+            if mapped is not None:
+                mapped[:] = data[start:end]
             else:
-                self.device.write(info, offset, piece)
+                self.device.write(info, start, data[start:end])
 
-    def _pieces(self, info: Info, count: int) -> Iterator[tuple[int, int, bool]]:
+    def _pieces(self, info: Info, count: int) -> Iterator[tuple[int, int, memoryview | None]]:
+        """Cut the first ``count`` bytes of a region: where each piece starts and ends, and where it is mapped."""
         done = 0
         for offset, length in info.areas:
-            if done < offset and done < count:
-                yield done, min(offset, count) - done, False
+            if done < min(offset, count):
+                yield done, min(offset, count), None
             if offset < count:
-                yield offset, min(length, count - offset), True
+                end = min(offset + length, count)
+                yield offset, end, memoryview(self._map(info, offset, length))[: end - offset]
             done = offset + length
         if done < count:
-            yield done, count - done, False
+            yield done, count, None
+
+    def _map(self, info: Info, offset: int, length: int) -> mmap.mmap:
+        key = (info.index, offset)
+        if key not in self._maps:
+            self._maps[key] = self.device.map(info, offset, length)
+        return self._maps[key]
 
 
 def numbered(first: int, pages: int) -> bytes:

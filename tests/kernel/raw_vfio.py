@@ -103,7 +103,7 @@ class RawDevice:
     def read(self, info: Info, offset: int, count: int) -> bytes:
         return os.pread(self.fd, count, info.offset + offset)
 
-    def write(self, info: Info, offset: int, data: bytes | memoryview) -> None:
+    def write(self, info: Info, offset: int, data: bytes | bytearray | memoryview) -> None:
         assert os.pwrite(self.fd, data, info.offset + offset) == len(data)
 
     def feature(self, index: int, flags: int, payload: bytes) -> bytes:
