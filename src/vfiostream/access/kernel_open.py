@@ -20,9 +20,10 @@ import os
 import pwd
 import stat
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 from vfiostream.access.kernel_calls import Kernel
@@ -59,6 +60,7 @@ _NODES = "/dev/vfio/devices/"
 _INT = struct.Struct("<i")
 _SHARES_A_GROUP = frozenset({"pcieport", "pci-stub"})
 """Drivers that may have a device of a group whose others are VFIO's: they start no DMA."""
+_NO_HINTS: Mapping[int, Callable[[], str]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +193,7 @@ class _Opening:
         self._check_viable(group, node)
         self._ask(
             group, Ioctl.GROUP_SET_CONTAINER, bytearray(_INT.pack(container)), f"putting {node} in a container",
-            {errno.EBUSY: self._unviable(node)},
+            {errno.EBUSY: lambda: self._unviable(node)},
         )  # fmt: skip
         for kind in (Extension.TYPE1V2_IOMMU, Extension.TYPE1_IOMMU):
             if self._ask(container, ContainerIoctl.CHECK_EXTENSION, int(kind), "what kinds of IOMMU it knows") > 0:
@@ -200,12 +202,11 @@ class _Opening:
             raise UsageError(f"{self._name}: the kernel has no IOMMU driver for it; modprobe vfio_iommu_type1")
         self._ask(
             container, ContainerIoctl.SET_IOMMU, int(kind), f"setting up the IOMMU of {node}",
-            {errno.EPERM: "the host can't keep its interrupts apart: switch interrupt remapping on in the firmware"},
+            {errno.EPERM: lambda: "the host can't keep interrupts apart: switch interrupt remapping on in the firmware"},
         )  # fmt: skip
-        members = ", ".join(name for name, _ in others_in_group(self._kernel, node.rpartition("/")[2])) or "unknown"
         fd = self._ask(
             group, Ioctl.GROUP_GET_DEVICE_FD, bytearray(device.encode() + b"\0"), f"opening {device} in {node}",
-            {errno.ENODEV: f"the devices of that group are: {members}", errno.EBUSY: self._held(node)},
+            {errno.ENODEV: lambda: self._members(node), errno.EBUSY: lambda: self._held(node)},
         )  # fmt: skip
         self._fds.append(fd)
         return fd, Type1(self._kernel, container)
@@ -214,8 +215,10 @@ class _Opening:
         memory = self._open(IOMMUFD, "modprobe iommufd, or name the device as GROUP/NAME")
         fd = self._open(node, "see whether the device is still bound to its driver")
         bind = bytearray(BIND_IOMMUFD.pack(BIND_IOMMUFD.size, 0, memory, 0))
-        busy = self._held(node)
-        self._ask(fd, Ioctl.DEVICE_BIND_IOMMUFD, bind, f"binding {node} to an iommufd", {errno.EBUSY: busy})
+        self._ask(
+            fd, Ioctl.DEVICE_BIND_IOMMUFD, bind, f"binding {node} to an iommufd",
+            {errno.EBUSY: lambda: self._held(node)},
+        )  # fmt: skip
         device = BIND_IOMMUFD.unpack(bind)[3]
         space = bytearray(iommufd.IOAS_ALLOC.pack(iommufd.IOAS_ALLOC.size, 0, 0))
         self._ask(memory, iommufd.Ioctl.IOAS_ALLOC, space, "making an address space")
@@ -255,13 +258,14 @@ class _Opening:
         return fd
 
     def _ask(
-        self, fd: int, request: int, argument: bytearray | int, operation: str, hints: dict[int, str] | None = None
-    ) -> int:
+        self, fd: int, request: int, argument: bytearray | int, operation: str,
+        hints: Mapping[int, Callable[[], str]] = _NO_HINTS,
+    ) -> int:  # fmt: skip
         try:
             return self._kernel.ioctl(fd, request, argument)
         except OSError as error:
             number = error.errno or errno.EIO
-            raise DeviceRefused(self._name, operation, number, (hints or {}).get(number, "")) from error
+            raise DeviceRefused(self._name, operation, number, hints.get(number, str)()) from error
 
     def _check_viable(self, group: int, node: str) -> None:
         status = bytearray(GROUP_STATUS.pack(GROUP_STATUS.size, 0))
@@ -278,6 +282,10 @@ class _Opening:
         if not strangers:
             return "another driver holds a device of it: bind all its devices to vfio drivers, or to none"
         return f"the host's drivers hold {', '.join(strangers)} of it: bind them to vfio-pci, or to no driver"
+
+    def _members(self, node: str) -> str:
+        members = [name for name, _ in others_in_group(self._kernel, node.rpartition("/")[2])]
+        return f"the devices of that group are: {', '.join(members) or 'unknown'}"
 
     def _held(self, node: str) -> str:
         """What to do where somebody else has it."""

@@ -95,6 +95,19 @@ class KernelThread:
             raise call.error
         return cast(T, call.value)
 
+    async def call_to_the_end(self, work: Callable[[], None]) -> None:
+        """As :meth:`call`, whatever is cancelled meanwhile, for clean-up that ``aclose`` does if this can't: raises
+        nothing.
+        """
+
+        async def to_its_end() -> None:
+            try:
+                await self.call("clean-up", work)
+            except (DeviceLost, DeviceTimeout):
+                pass
+
+        await to_the_end(to_its_end)
+
     async def aclose(self) -> None:
         """Have the thread close what it holds and end, after the call that runs. Where that takes longer than the time
         limit this returns, and the thread does it later. Never raises; may be called again and under cancellation.
