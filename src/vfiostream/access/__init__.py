@@ -25,6 +25,6 @@ async def open_access(address: str, *, timeout: float = 60.0) -> Access:
 
         return await kernel.connect(rest, timeout=timeout)
     raise UsageError(
-        f"{address!r} is not the address of a device; write vfio-user:SOCKET, with the path of its socket, or vfio: and "
-        "a device of the kernel's, which `vfiostream devices` lists"
+        f"{address!r} is not the address of a device; write vfio-user:SOCKET, with the path of its socket, or vfio: "
+        "and a device of the kernel's, which `vfiostream devices` lists"
     )

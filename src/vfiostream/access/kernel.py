@@ -3,8 +3,8 @@
 ``include/uapi/linux/vfio.h`` is the interface; :mod:`vfiostream.access.kernel_open` has the addresses. Calls go to one
 thread an access (:mod:`vfiostream.access.kernel_thread`); memory that is mapped needs none.
 
-**Time limit.** A call that the kernel does not end in time raises :class:`~vfiostream.errors.DeviceTimeout`, and goes on:
-nothing can take a thread out of the kernel. Until it has ended, the buffer it was given stays in use, every call of the
+**Time limit.** A call that the kernel does not end in time raises :class:`~vfiostream.errors.DeviceTimeout`, and goes
+on: nothing can take a thread out of the kernel. Until it has ended, the buffer it was given stays in use, every call of the
 access waits for it (for as long, and raises the same), and what the access holds stays open and mapped, also after
 ``aclose``. A call that is cancelled waits for its end in the same way, and as long.
 """
@@ -63,8 +63,8 @@ T = TypeVar("T")
 async def connect(address: str, *, timeout: float = 60.0, kernel: Kernel | None = None) -> KernelAccess:
     """Open the device of the address ``vfio:ADDRESS``.
 
-    ``timeout`` is how many seconds the kernel may take for one call. Raises :class:`~vfiostream.errors.UsageError` where
-    the host is not set up for it (it says what to do) or the address is none,
+    ``timeout`` is how many seconds the kernel may take for one call. Raises
+    :class:`~vfiostream.errors.UsageError` where the host is not set up for it (it says what to do) or the address is none,
     :class:`~vfiostream.errors.DeviceRefused` where the kernel refuses, as for a device that somebody else has open, and
     the other errors of an access. ``kernel`` is for tests.
     """
@@ -200,7 +200,9 @@ class KernelAccess(Access):
         except OSError as error:
             raise _refused(self.name, operation, error, hints) from error
         except (BadRegionInfo, BadCapabilityChain) as error:
-            raise DeviceBroken(f"{self.name}: the driver {error}, which makes no sense; see the kernel's log") from error
+            raise DeviceBroken(
+                f"{self.name}: the driver {error}, which makes no sense; see the kernel's log"
+            ) from error
 
 
 class KernelData(MigrationData):

@@ -123,7 +123,8 @@ def trouble(kernel: Kernel, device: HostDevice) -> str | None:
             "this container"
         )
     if node_of(kernel, device) is None:
-        return f"has no node in /dev/vfio (no {device.group}, nor {device.cdev or 'one of its own'}): see whether udev runs"
+        nodes = f"no {device.group}, nor {device.cdev or 'one of its own'}"
+        return f"has no node in /dev/vfio ({nodes}): see whether udev runs"
     return None
 
 

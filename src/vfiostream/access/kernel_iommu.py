@@ -175,7 +175,7 @@ class Type1(Iommu):
             if needed <= len(answer):
                 break
             if needed > MAX_IOMMU_INFO:
-                raise BadCapabilityChain(f"the IOMMU describes itself in {needed} bytes (the limit is {MAX_IOMMU_INFO})")
+                raise BadCapabilityChain(f"describes the IOMMU in {needed} bytes (the limit is {MAX_IOMMU_INFO})")
         else:
             return 0  # it grew in between: there are more of the capabilities that change, and we believe none
         return dirty_page_sizes(bytes(answer))

@@ -2,8 +2,8 @@
 
 An address is ``vfio:`` and one of: the UUID of a mediated device; the address of a PCI device (``0000:3b:00.2``, or
 without the domain); a group's number and the device's name in it (``12/0000:3b:00.2``), which opens the group; or the
-path of the device's own node (``/dev/vfio/devices/vfio0``), which opens that, with an iommufd. UUID and PCI address take
-the node of their own where the kernel and the host have it, else the group.
+path of the device's own node (``/dev/vfio/devices/vfio0``), which opens that, with an iommufd. UUID and PCI address
+take the node of their own where the kernel and the host have it, else the group.
 
 Each opened device has a container or an iommufd of its own. Two devices of one IOMMU group would have to share it, with
 guest memory mapped once for both and one log for two who ask: that is not supported, and opening the second is refused.
@@ -33,7 +33,6 @@ from vfiostream.access.kernel_host import (
     MDEV_DEVICES,
     PCI_ADDRESS,
     UUID,
-    HostDevice,
     holders,
     look_up,
     name_behind,
@@ -56,6 +55,7 @@ from vfiostream.uapi.vfio_kernel import (
 )
 
 FORMS = "vfio:UUID, vfio:PCI-ADDRESS, vfio:GROUP/NAME or vfio:/dev/vfio/devices/vfioN"
+_LISTING = "`vfiostream devices` lists the devices of this host"
 _NODES = "/dev/vfio/devices/"
 _INT = struct.Struct("<i")
 _SHARES_A_GROUP = frozenset({"pcieport", "pci-stub"})
@@ -90,7 +90,9 @@ def find(kernel: Kernel, address: str) -> Place:
     """Where the device of ``vfio:ADDRESS`` is opened; raises UsageError where it can't be, with the way out."""
     if address.startswith(_NODES) and "/" not in address.removeprefix(_NODES):
         if not kernel.exists(address):
-            raise UsageError(f"vfio:{address}: there is no such node; `vfiostream devices` lists the devices of this host")
+            raise UsageError(
+                f"vfio:{address}: there is no such node; `vfiostream devices` lists the devices of this host"
+            )
         return Place("node", address, name_behind(kernel, address.removeprefix(_NODES)) or address)
     group, slash, name = address.partition("/")
     if slash and group.removeprefix("noiommu-").isdecimal() and name and "/" not in name:
@@ -150,20 +152,19 @@ def _find_in_group(kernel: Kernel, address: str, group: str, name: str) -> Place
             problem = None if device is None else trouble(kernel, device)
             if problem is not None:
                 raise UsageError(f"vfio:{address} {problem}")
-        raise UsageError(f"vfio:{address}: there is no {node}; `vfiostream devices` lists the devices of this host")
+        raise UsageError(f"vfio:{address}: there is no {node}; {_LISTING}")
     return Place("group", node, name)
 
 
 def _not_there(kernel: Kernel, kind: Literal["pci", "mdev"], address: str) -> UsageError:
-    listing = "`vfiostream devices` lists the devices of this host"
     if kind == "pci":
-        return UsageError(f"vfio:{address}: there is no such PCI device; {listing}")
+        return UsageError(f"vfio:{address}: there is no such PCI device; {_LISTING}")
     if not kernel.exists(MDEV_DEVICES):
         return UsageError(
             f"vfio:{address}: the kernel has no mediated devices; load the module of the device that has them"
         )
     return UsageError(
-        f"vfio:{address}: there is no such mediated device; {listing}, and writing a UUID to "
+        f"vfio:{address}: there is no such mediated device; {_LISTING}, and writing a UUID to "
         "mdev_supported_types/TYPE/create of its parent makes one"
     )
 
@@ -202,7 +203,7 @@ class _Opening:
             raise UsageError(f"{self._name}: the kernel has no IOMMU driver for it; modprobe vfio_iommu_type1")
         self._ask(
             container, ContainerIoctl.SET_IOMMU, int(kind), f"setting up the IOMMU of {node}",
-            {errno.EPERM: lambda: "the host can't keep interrupts apart: switch interrupt remapping on in the firmware"},
+            {errno.EPERM: lambda: "switch interrupt remapping on in the host's firmware"},
         )  # fmt: skip
         fd = self._ask(
             group, Ioctl.GROUP_GET_DEVICE_FD, bytearray(device.encode() + b"\0"), f"opening {device} in {node}",
