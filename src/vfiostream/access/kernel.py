@@ -4,8 +4,8 @@
 thread an access (:mod:`vfiostream.access.kernel_thread`); memory that is mapped needs none.
 
 **Time limit.** A call that the kernel does not end in time raises :class:`~vfiostream.errors.DeviceTimeout`, and goes
-on: nothing can take a thread out of the kernel. Until it has ended, the buffer it was given stays in use, every call of the
-access waits for it (for as long, and raises the same), and what the access holds stays open and mapped, also after
+on: nothing can take a thread out of the kernel. Until it has ended, the buffer it was given stays in use, every call of
+the access waits for it (for as long, and raises the same), and what the access holds stays open and mapped, also after
 ``aclose``. A call that is cancelled waits for its end in the same way, and as long.
 """
 
@@ -64,9 +64,9 @@ async def connect(address: str, *, timeout: float = 60.0, kernel: Kernel | None 
     """Open the device of the address ``vfio:ADDRESS``.
 
     ``timeout`` is how many seconds the kernel may take for one call. Raises
-    :class:`~vfiostream.errors.UsageError` where the host is not set up for it (it says what to do) or the address is none,
-    :class:`~vfiostream.errors.DeviceRefused` where the kernel refuses, as for a device that somebody else has open, and
-    the other errors of an access. ``kernel`` is for tests.
+    :class:`~vfiostream.errors.UsageError` where the host is not set up for it (it says what to do) or the address is
+    none, :class:`~vfiostream.errors.DeviceRefused` where the kernel refuses, as for a device that somebody else has
+    open, and the other errors of an access. ``kernel`` is for tests.
     """
     name = f"vfio:{address}"
     files = _Files(kernel or Kernel(), name)
