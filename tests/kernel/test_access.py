@@ -65,10 +65,10 @@ class FourRegionSubject(Subject):
 
     memory, unmappable = MEMORY, CONTROL
 
-    def __init__(self, access: Access, kind: str) -> None:
+    def __init__(self, access: Access, how: str) -> None:
         self.access = access
-        self.whole = STAGED if kind == "whole" else None
-        self.sparse = STAGED if kind == "sparse" else None
+        self.whole = STAGED if how == "whole" else None
+        self.sparse = STAGED if how == "sparse" else None
 
     async def device_reads(self, iova: int, length: int) -> bytes:
         await self._copy(FROM_GUEST, iova, length)
@@ -86,17 +86,17 @@ class FourRegionSubject(Subject):
 
 class TestFourRegionAccess(AccessContract):
     @pytest.fixture(params=["whole", "sparse", "none"])
-    def kind(self, request: pytest.FixtureRequest) -> str:
-        kind: str = request.param
-        return kind
+    def how(self, request: pytest.FixtureRequest) -> str:
+        how: str = request.param
+        return how
 
     @pytest.fixture
-    async def subject(self, mdev: MakeMdev, address: Address, kind: str) -> AsyncIterator[Subject]:
+    async def subject(self, mdev: MakeMdev, address: Address, how: str) -> AsyncIterator[Subject]:
         types = {"whole": "four-region-16M", "sparse": "four-region-16M-sparse", "none": "four-region-16M-nomap"}
-        device = mdev(types[kind])
+        device = mdev(types[how])
         with nothing_left_open():
             async with await open_access(address(device), timeout=TIMEOUT) as access:
-                yield FourRegionSubject(access, kind)
+                yield FourRegionSubject(access, how)
 
 
 @pytest.fixture
@@ -313,6 +313,7 @@ async def test_a_slice_that_somebody_holds_keeps_the_device(mdev: MakeMdev, addr
         await access.aclose()
         with pytest.raises(DeviceRefused, match="EBUSY"):
             await open_access(f"vfio:{device.group.name}/{device.uuid}", timeout=TIMEOUT)
+    del area
     await (await open_access(address(device), timeout=TIMEOUT)).aclose()
 
 

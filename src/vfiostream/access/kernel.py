@@ -177,6 +177,7 @@ class KernelAccess(Access):
         return await self._call("asking the driver about a version", partial(self._files.accepts_version, version))
 
     async def aclose(self) -> None:
+        self._areas.clear()
         await self._thread.aclose()
 
     async def _logs_own(self) -> bool:
@@ -281,8 +282,8 @@ class _Files:
 
     def close(self) -> None:
         """The thread's last work."""
-        for mapping in self._mappings:
-            mapping.close()
+        while self._mappings:  # one of which somebody holds a slice goes with that, and not with the access
+            self._mappings.pop().close()
         for fd in list(self._data):
             self.close_data(fd)
         if self._opened is not None:
