@@ -55,13 +55,15 @@ def look_up(kernel: Kernel, kind: Literal["pci", "mdev"], name: str) -> HostDevi
         return None
     group = kernel.link(f"{folder}/iommu_group")
     nodes = [node for node in kernel.names(f"{folder}/vfio-dev") if "vfio" in node]
+    # Not by the name of the group: that is vfio-noiommu for every mediated device.
+    noiommu = kernel.exists(f"/dev/vfio/noiommu-{group}") or any(node.startswith("noiommu-") for node in nodes)
     return HostDevice(
         kind=kind,
         name=name,
         folder=folder,
         driver=kernel.link(f"{folder}/driver"),
         group=group,
-        noiommu=group is not None and kernel.attribute(f"/sys/kernel/iommu_groups/{group}/name") == "vfio-noiommu",
+        noiommu=noiommu,
         cdev=nodes[0] if nodes else None,
     )
 
@@ -90,7 +92,7 @@ def node_of(kernel: Kernel, device: HostDevice) -> str | None:
     own = None if device.cdev is None else f"/dev/vfio/devices/{device.cdev}"
     if own is not None and kernel.exists(own) and kernel.exists(IOMMUFD):
         return own
-    group = None if device.group is None else f"/dev/vfio/{'noiommu-' if device.noiommu else ''}{device.group}"
+    group = None if device.group is None else f"/dev/vfio/{device.group}"
     if group is not None and kernel.exists(group) and kernel.exists(CONTAINER):
         return group
     return own if own is not None and kernel.exists(own) else None

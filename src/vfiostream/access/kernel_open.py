@@ -218,7 +218,7 @@ class _Opening:
         bind = bytearray(BIND_IOMMUFD.pack(BIND_IOMMUFD.size, 0, memory, 0))
         self._ask(
             fd, Ioctl.DEVICE_BIND_IOMMUFD, bind, f"binding {node} to an iommufd",
-            {errno.EBUSY: lambda: self._held(node)},
+            {errno.EBUSY: lambda: self._held(node), errno.EINVAL: lambda: self._held(node)},  # Linux says both
         )  # fmt: skip
         device = BIND_IOMMUFD.unpack(bind)[3]
         space = bytearray(iommufd.IOAS_ALLOC.pack(iommufd.IOAS_ALLOC.size, 0, 0))
