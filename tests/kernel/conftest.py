@@ -42,4 +42,4 @@ def holder(request: pytest.FixtureRequest, mdev: MakeMdev) -> Iterator[MakeHolde
 
     yield make
     for one in made:
-        one.close()
+        one.close()  # may be called again

@@ -103,7 +103,7 @@ class RawDevice:
     def read(self, info: Info, offset: int, count: int) -> bytes:
         return os.pread(self.fd, count, info.offset + offset)
 
-    def write(self, info: Info, offset: int, data: bytes | memoryview) -> None:
+    def write(self, info: Info, offset: int, data: bytes | bytearray | memoryview) -> None:
         assert os.pwrite(self.fd, data, info.offset + offset) == len(data)
 
     def feature(self, index: int, flags: int, payload: bytes) -> bytes:
@@ -132,6 +132,8 @@ class Guest:
 class Holder(ABC):
     """What devices are opened in, and what their DMA mappings belong to."""
 
+    fd: int
+
     def __init__(self) -> None:
         self.devices: list[RawDevice] = []
 
@@ -144,14 +146,13 @@ class Holder(ABC):
     @abstractmethod
     def dma_unmap(self, iova: int, length: int) -> None: ...
 
-    @abstractmethod
-    def _close(self) -> None: ...
-
     def close(self) -> None:
         for device in self.devices:
             device.close()
         self.devices.clear()
-        self._close()
+        if self.fd != -1:
+            os.close(self.fd)
+            self.fd = -1
 
 
 class Type1(Holder):
@@ -176,9 +177,6 @@ class Type1(Holder):
     def dma_unmap(self, iova: int, length: int) -> None:
         call(self.fd, IOMMU_UNMAP_DMA, "<IIQQ", 0, iova, length)
 
-    def _close(self) -> None:
-        os.close(self.fd)
-
 
 class Iommufd(Holder):
     def __init__(self) -> None:
@@ -200,6 +198,3 @@ class Iommufd(Holder):
 
     def dma_unmap(self, iova: int, length: int) -> None:
         call(self.fd, IOAS_UNMAP, "<IIQQ", self.ioas, iova, length)
-
-    def _close(self) -> None:
-        os.close(self.fd)
