@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 import anyio
 import pytest
-from anyio.testing import wait_all_tasks_blocked
+from anyio import wait_all_tasks_blocked
 
 from tests.access_contract import IOVA, PAGE, AccessContract, Subject, guest_memory, pattern, read
 from tests.kernel.conftest import MakeMdev

@@ -18,6 +18,7 @@ import errno
 import grp
 import os
 import pwd
+import re
 import stat
 import struct
 from collections.abc import Callable, Mapping
@@ -57,6 +58,7 @@ from vfiostream.uapi.vfio_kernel import (
 FORMS = "vfio:UUID, vfio:PCI-ADDRESS, vfio:GROUP/NAME or vfio:/dev/vfio/devices/vfioN"
 _LISTING = "`vfiostream devices` lists the devices of this host"
 _NODES = "/dev/vfio/devices/"
+_NODE = re.compile(f"{_NODES}(noiommu-)?vfio[0-9]+")
 _INT = struct.Struct("<i")
 _SHARES_A_GROUP = frozenset({"pcieport", "pci-stub"})
 """Drivers that may have a device of a group whose others are VFIO's: they start no DMA."""
@@ -88,7 +90,7 @@ class Place:
 
 def find(kernel: Kernel, address: str) -> Place:
     """Where the device of ``vfio:ADDRESS`` is opened; raises UsageError where it can't be, with the way out."""
-    if address.startswith(_NODES) and "/" not in address.removeprefix(_NODES):
+    if _NODE.fullmatch(address):
         if not kernel.exists(address):
             raise UsageError(
                 f"vfio:{address}: there is no such node; `vfiostream devices` lists the devices of this host"
