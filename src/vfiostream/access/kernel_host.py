@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from vfiostream.access.kernel_calls import Kernel
 
@@ -18,17 +18,23 @@ PCI_DEVICES = "/sys/bus/pci/devices"
 MDEV_DEVICES = "/sys/bus/mdev/devices"
 UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 PCI_ADDRESS = re.compile(r"([0-9a-fA-F]{4,8}:)?[0-9a-fA-F]{2}:[0-9a-fA-F]{2}\.[0-7]")
+_NODES_CLASS = "/sys/class/vfio-dev"
+_BRIDGE = "0x06"
+"""Class of PCI devices that nobody can have."""
 MAX_HOLDERS = 3
 """Processes that are named as those that have a device open."""
+
+
+Kind: TypeAlias = Literal["pci", "mdev", "other"]
 
 
 @dataclass(frozen=True, slots=True)
 class HostDevice:
     """A device of the kernel's."""
 
-    kind: Literal["pci", "mdev"]
+    kind: Kind
     name: str
-    """Its PCI address or UUID: what the driver core and its group call it."""
+    """What the driver core and its group call it: a PCI address, a UUID, or what another bus has."""
     folder: str
     """In sysfs."""
     driver: str | None
@@ -43,16 +49,18 @@ class HostDevice:
     @property
     def bound(self) -> bool:
         """Whether its driver is one of VFIO's. The kernel says so since 6.1, by the folder that ``cdev`` is found in;
-        before that, their names do. A mediated device has no other drivers.
+        before that, their names do. Mediated devices, and what was found by that folder, have no other drivers.
         """
-        return self.driver is not None and (self.kind == "mdev" or self.cdev is not None or "vfio" in self.driver)
+        return self.driver is not None and (self.kind != "pci" or self.cdev is not None or "vfio" in self.driver)
 
 
 def look_up(kernel: Kernel, kind: Literal["pci", "mdev"], name: str) -> HostDevice | None:
     """The device called ``name``; None where there is none."""
     folder = f"{PCI_DEVICES if kind == 'pci' else MDEV_DEVICES}/{name}"
-    if not kernel.exists(folder):
-        return None
+    return _look(kernel, kind, name, folder) if kernel.exists(folder) else None
+
+
+def _look(kernel: Kernel, kind: Kind, name: str, folder: str) -> HostDevice:
     group = kernel.link(f"{folder}/iommu_group")
     nodes = [node for node in kernel.names(f"{folder}/vfio-dev") if "vfio" in node]
     # Not by the name of the group: that is vfio-noiommu for every mediated device.
@@ -69,20 +77,26 @@ def look_up(kernel: Kernel, kind: Literal["pci", "mdev"], name: str) -> HostDevi
 
 
 def list_devices(kernel: Kernel) -> Iterator[HostDevice]:
-    """The PCI devices that are in an IOMMU group or bound to a driver of VFIO's, then the mediated devices."""
+    """The PCI devices that are in an IOMMU group and no bridges, the mediated devices, and what else VFIO has."""
+    known = set()
     for name in kernel.names(PCI_DEVICES):
-        device = look_up(kernel, "pci", name)
-        if device is not None and (device.group is not None or device.bound):
+        device = _look(kernel, "pci", name, f"{PCI_DEVICES}/{name}")
+        kind = kernel.attribute(f"{PCI_DEVICES}/{name}/class") or ""
+        if device.group is not None and not kind.startswith(_BRIDGE):
+            known.add(device.cdev)
             yield device
     for name in kernel.names(MDEV_DEVICES):
-        device = look_up(kernel, "mdev", name)
-        if device is not None:
-            yield device
+        device = _look(kernel, "mdev", name, f"{MDEV_DEVICES}/{name}")
+        known.add(device.cdev)
+        yield device
+    for node in kernel.names(_NODES_CLASS):
+        if node not in known:
+            yield _look(kernel, "other", name_behind(kernel, node) or node, f"{_NODES_CLASS}/{node}/device")
 
 
 def address(device: HostDevice) -> str:
     """What to call ``device`` where an address is wanted."""
-    return f"vfio:{device.name}"
+    return f"vfio:{device.name}" if device.kind != "other" else f"vfio:/dev/vfio/devices/{device.cdev}"
 
 
 def node_of(kernel: Kernel, device: HostDevice) -> str | None:
@@ -100,7 +114,7 @@ def node_of(kernel: Kernel, device: HostDevice) -> str | None:
 
 def name_behind(kernel: Kernel, node: str) -> str | None:
     """What the driver core calls the device whose own node (``vfioN``) this is."""
-    return kernel.link(f"/sys/class/vfio-dev/{node}/device")
+    return kernel.link(f"{_NODES_CLASS}/{node}/device")
 
 
 def trouble(kernel: Kernel, device: HostDevice) -> str | None:
