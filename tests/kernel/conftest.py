@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import TypeAlias
 
 import pytest
@@ -20,15 +21,14 @@ MakeHolder: TypeAlias = Callable[[], raw_vfio.Holder]
 @pytest.fixture
 def mdev() -> Iterator[MakeMdev]:
     """Makes devices of a type (``mdev("mtty-2")``), which are removed after the test. They must be closed by then."""
-    made: list[mdevs.Mdev] = []
+    with ExitStack() as removals:  # all of them, whatever becomes of one
 
-    def make(type_name: str) -> mdevs.Mdev:
-        made.append(mdevs.create(type_name))
-        return made[-1]
+        def make(type_name: str) -> mdevs.Mdev:
+            made = mdevs.create(type_name)
+            removals.callback(made.remove)
+            return made
 
-    yield make
-    for one in made:
-        one.remove()
+        yield make
 
 
 @pytest.fixture(params=[raw_vfio.Type1, raw_vfio.Iommufd], ids=["group", "cdev"])

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import subprocess
 import uuid as uuids
 from dataclasses import dataclass
 from pathlib import Path
 
 PARENTS = Path("/sys/class/mdev_bus")
 DEVICES = Path("/sys/bus/mdev/devices")
+PATIENCE = 5.0
+"""Seconds."""
+_still_asking: list[subprocess.Popen[bytes]] = []
+"""They end when we do, which closes everything. Kept, as Python complains of a process that is forgotten."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mdev:
-    """One device, which exists until :meth:`remove`. That waits until nobody has it open."""
+    """One device, which exists until :meth:`remove`."""
 
     type_name: str
     uuid: str
@@ -33,7 +38,16 @@ class Mdev:
         return Path("/dev/vfio/devices") / entry.name
 
     def remove(self) -> None:
-        (self.sysfs / "remove").write_text("1")
+        """Raises AssertionError when somebody still has it open. The kernel waits for them then, and whoever asked waits
+        with it, which had better be a process that we can do without.
+        """
+        asking = subprocess.Popen(["sh", "-c", 'echo 1 >"$0"', self.sysfs / "remove"])
+        try:
+            status = asking.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            _still_asking.append(asking)
+            raise AssertionError(f"{self.type_name} {self.uuid} was not closed by the test") from None
+        assert status == 0
 
 
 def type_directory(type_name: str) -> Path:
