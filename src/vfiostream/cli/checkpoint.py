@@ -49,8 +49,8 @@ def save(
 ) -> Exit:
     """Write a checkpoint of DEVICE, which runs on.
 
-    DEVICE is vfio-user:SOCKET or vfio:NAME, and FILE is file:PATH. The device is stopped only while the last of its state is
-    read. The file has its name only when it is whole and durable.
+    DEVICE is vfio-user:SOCKET or vfio:NAME, and FILE is file:PATH. The device is stopped only while the last of its
+    state is read. The file has its name only when it is whole and durable.
     """
 
     async def work(run: Run) -> None:

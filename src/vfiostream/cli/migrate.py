@@ -39,8 +39,8 @@ def send(
     """Move DEVICE to whoever receives at DESTINATION.
 
     DEVICE is vfio-user:SOCKET or vfio:NAME, and DESTINATION the tcp:HOST:PORT or unix:PATH at which
-    `vfiostream receive` waits. The device runs on here until the target has loaded and checked everything; when this fails, it goes
-    on running here.
+    `vfiostream receive` waits. The device runs on here until the target has loaded and checked everything; when this
+    fails, it goes on running here.
     """
 
     async def work(run: Run) -> None:
