@@ -161,6 +161,10 @@ class FourRegionDevice(Device):
             await access.aclose()
             raise
 
+    @property
+    def caveat(self) -> str | None:
+        return self._access.caveat
+
     # ---- source
 
     async def start_precopy(self) -> None:
