@@ -266,7 +266,7 @@ def test_reset(path: str) -> None:
         assert ops.state is RUNNING
 
 
-@pytest.mark.parametrize("command", [0, 6, 11, 12, 14, 15, 16, 17, 18, 19, 0xFFFF])
+@pytest.mark.parametrize("command", [0, 6, 11, 12, 14, 15, 19, 0xFFFF])
 def test_commands_that_are_not_supported(path: str, command: int) -> None:
     with Client(path) as client:
         with refused(errno.EOPNOTSUPP):
@@ -343,7 +343,7 @@ def test_bodies_of_every_size_are_answered(path: str, size: int, fill: bytes) ->
                 client.ask(command, fill * size)
             except OSError as error:
                 numbers.add(error.errno)
-        assert numbers <= {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOENT}
+        assert numbers <= {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOENT, errno.ENOTTY}
         assert client.read(BAR0, 32, 4) == bytes(4)
 
 

@@ -99,6 +99,8 @@ class MigrationState(IntEnum):
 
 FEATURE = struct.Struct("<II")
 """``vfio_device_feature``: argsz, flags (the feature's number and FeatureOperation)."""
+FEATURE_MASK = 0xFFFF
+"""The feature's number in ``flags``."""
 FEATURE_MIGRATION = struct.Struct("<Q")
 """MigrationFlags."""
 FEATURE_MIG_STATE = struct.Struct("<Ii")
