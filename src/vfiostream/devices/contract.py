@@ -30,7 +30,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from vfiostream._accel import copy
 from vfiostream.buffers import Buffer
 from vfiostream.closing import Closing
 
@@ -217,18 +216,11 @@ class Device(Closing):
     async def deliver(self) -> None:
         """Let the driver take what is there: a region is full, or the capture or config ends."""
 
+    @abstractmethod
     async def write(self, data: Buffer) -> None:
         """Give ``data`` as the next bytes of the capture or config. More than was announced is a
         :class:`~vfiostream.errors.LocalProtocolError`.
         """
-        rest = memoryview(data)
-        while rest:
-            with self.room(len(rest)) as room:
-                count = len(room)
-                copy(room, rest[:count])
-            if self.fill(count or len(rest)):  # without any room, it says what is wrong
-                await self.deliver()
-            rest = rest[count:]
 
     @abstractmethod
     async def begin_config(self, size: int) -> None:

@@ -68,6 +68,7 @@ class Outgoing:
     """Whether a compressor still has it."""
     awaited: float = 0.0
     """Seconds that the sender waited for the compressor."""
+    sent: bool = False
 
 
 class Cost:
@@ -164,14 +165,23 @@ class Outbound:
                 self.choices.unused(choice)
             self._append(Outgoing(record, (), size, framing.FLAG_ZERO))
             return
-        choice = choice or self.choices.choose(size)
-        item = Outgoing(record, (lease.view,), size, 0, check, lease, choice)
-        if choice.level is not None:
+        self._put_leased(Outgoing(record, (lease.view,), size, 0, check, lease, choice or self.choices.choose(size)))
+
+    def put_read(self, record: Memory | Config, lease: Lease) -> None:
+        """Put content in line that a driver wrote to ``lease``, which is the line's from here on."""
+        size = len(lease.view)
+        self._count(size)
+        self._put_leased(Outgoing(record, (lease.view,), size, 0, None, lease, self.choices.choose(size)))
+
+    def _put_leased(self, item: Outgoing) -> None:
+        assert item.lease is not None
+        assert item.choice is not None
+        if item.choice.level is not None:
             item.packing = True
             self._packing += 1
-            self.compressors.submit(partial(_compress, lease.view, choice), partial(self._packed, item))
+            self.compressors.submit(partial(_compress, item.lease.view, item.choice), partial(self._packed, item))
         else:
-            self._shrink(item, lease.view)
+            self._shrink(item, item.lease.view)
         self._append(item)
 
     async def carry(self, record: Memory | Config | Pci, content: memoryview) -> None:
@@ -189,7 +199,8 @@ class Outbound:
             item.choice = None
             self.choices.unused(choice)
         self._append(item)
-        await self.flushed()
+        while not item.sent:
+            await self._change()
 
     async def flushed(self) -> None:
         """Wait until everything that was put in line is sent."""
@@ -204,8 +215,13 @@ class Outbound:
 
     async def _shorter_than(self, length: int) -> None:
         while len(self._line) >= length:
+            await self._change()
+
+    async def _change(self) -> None:
+        """Wait until the line has got shorter, or a compressor has had what is in it."""
+        if self._shorter.is_set():
             self._shorter = anyio.Event()
-            await self._shorter.wait()
+        await self._shorter.wait()
 
     def _shrink(self, item: Outgoing, content: memoryview) -> None:
         """Leave zeros out."""
@@ -286,6 +302,7 @@ class Outbound:
             self.choices.sent(item.choice, payload_size, self.moved_at - due, item.awaited)
         self.waiting = False
         self._line.popleft()
+        item.sent = True
         if item.lease is not None:
             item.payload = ()
             item.lease.release()

@@ -216,16 +216,17 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class Capture:
-    """``size`` bytes of device memory follow."""
+    """``size`` bytes of device memory follow; None: as many as come before the next capture or the round's end."""
 
     type: ClassVar = RecordType.CAPTURE
     stream: int = field(metadata={"prefix": True})
     number: int
-    size: int
+    size: int | None
 
     def __post_init__(self) -> None:
         _unsigned(32, 1, number=self.number)
-        _unsigned(64, size=self.size)
+        if self.size is not None:
+            _unsigned(64, size=self.size)
 
 
 @dataclass(frozen=True, slots=True)
