@@ -1,9 +1,9 @@
 """Device features over vfio-user: the states of a migration, its data, and the log of DMA.
 
 The messages are those of ``docs/interop/vfio-user.rst`` of QEMU. A feature's data goes in the message, where the kernel
-takes pointers; the data of a migration goes by message too, where the kernel gives a file descriptor. Nothing tells
-whether a state has opened a stream of data, so each state that has one gives an object of its own for the stream there
-is. What a device still has to give in PRE_COPY (``VFIO_MIG_GET_PRECOPY_INFO``) has no message.
+takes pointers; the data of a migration goes by message too, where the kernel gives a file descriptor. No answer
+tells whether a state has opened a stream of data, so that follows from the state before, where it is known. What a
+device still has to give in PRE_COPY (``VFIO_MIG_GET_PRECOPY_INFO``) has no message.
 """
 
 from __future__ import annotations
@@ -34,12 +34,9 @@ MAX_WRITE = MAX_BODY - 16
 WORD = 8
 """A bitmap is a whole number of words of 8 bytes."""
 
-_WITH_DATA = (
-    MigrationState.PRE_COPY,
-    MigrationState.PRE_COPY_P2P,
-    MigrationState.STOP_COPY,
-    MigrationState.RESUMING,
-)
+_PRE_COPY = (MigrationState.PRE_COPY, MigrationState.PRE_COPY_P2P)
+_SAVING = (*_PRE_COPY, MigrationState.STOP_COPY)
+_WITH_DATA = (*_SAVING, MigrationState.RESUMING)
 _UNKNOWN = (errno.EOPNOTSUPP, errno.ENOSYS)
 """With which servers refuse a command, or a feature, that they do not know; beside ENOTTY."""
 
@@ -52,6 +49,8 @@ class Features:
         self._channel = channel
         self._max_transfer = max_transfer
         self._timeout = timeout
+        self._saving = False
+        """Whether the device is certain to be in a state whose stream goes on in the next states of precopy."""
         self._logging = False
         """Whether we have asked for a log; it may not run, if the call was cancelled or refused."""
 
@@ -84,8 +83,12 @@ class Features:
 
     async def set_state(self, state: int) -> MigrationData | None:
         """As :meth:`vfiostream.access.contract.Access.set_migration_state`."""
+        goes_on = self._saving and state in _SAVING
+        self._saving = False
         await self.do(FeatureOperation.SET, Feature.MIG_DEVICE_STATE, FEATURE_MIG_STATE.pack(state, -1))
-        return _Data(self._channel, self._max_transfer, self._timeout) if state in _WITH_DATA else None
+        self._saving = state in _PRE_COPY
+        opened = state in _WITH_DATA and not goes_on
+        return _Data(self._channel, self._max_transfer, self._timeout) if opened else None
 
     # ---- the log of DMA
 

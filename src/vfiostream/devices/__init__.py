@@ -15,13 +15,14 @@ if TYPE_CHECKING:
 async def open_device(
     address: str, *, order: Order = "session", timeout: float = 60.0, recording: Recording | None = None
 ) -> Device:
-    """Open the device at ``address`` (``vfio-user:SOCKET`` or ``replay:FILE``), with the interface that its driver
-    speaks.
+    """Open the device at ``address`` (``vfio-user:SOCKET`` or ``replay:FILE``), with the newest of the interfaces that
+    its driver speaks.
 
-    ``order`` is that of a session, see :mod:`vfiostream.devices.four_region`; ``timeout`` and ``recording`` are as for
-    :func:`vfiostream.access.open_access`. Raises :class:`~vfiostream.errors.UsageError` for what is not the address of
-    a device, :class:`~vfiostream.errors.Incompatible` for a device that can't be moved, and what its access raises.
+    ``order`` is that of a session of the four regions, see :mod:`vfiostream.devices.four_region`; ``timeout`` and
+    ``recording`` are as for :func:`vfiostream.access.open_access`. Raises :class:`~vfiostream.errors.UsageError` for
+    what is not the address of a device, :class:`~vfiostream.errors.Incompatible` for a device that can't be moved, and
+    what its access raises.
     """
-    from vfiostream.devices.four_region import FourRegionDevice  # the contract alone need not load it
+    from vfiostream.devices.finding import find  # the contract alone need not load it
 
-    return await FourRegionDevice.open(await open_access(address, timeout=timeout, recording=recording), order=order)
+    return await find(await open_access(address, timeout=timeout, recording=recording), order=order)

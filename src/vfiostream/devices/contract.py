@@ -99,6 +99,10 @@ class Device(Closing):
     async def start_precopy(self) -> None:
         """Start tracking what changes; the device goes on running. What an earlier session left behind is forgotten:
         the first round is the whole. Guest memory was mapped before.
+
+        A device that is found stopped, where its interface says so, raises
+        :class:`~vfiostream.errors.Incompatible`: another may run with its state. It is left as it is, and
+        :meth:`resume` then leaves it, too; open it anew to let it run.
         """
 
     @abstractmethod
@@ -148,6 +152,7 @@ class Device(Closing):
     async def quiesce(self) -> None:
         """Make no accesses to other devices any more (or not yet, on the way back and on the target), while it still
         answers theirs: ``RUNNING_P2P`` and ``PRE_COPY_P2P``. Does nothing where the interface has no such state.
+        Quiet is running: on the target it comes after the commit.
         """
 
     @abstractmethod

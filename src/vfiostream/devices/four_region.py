@@ -14,22 +14,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Self, TypeAlias
 
-from vfiostream._accel import bitmap_merge
 from vfiostream.access.contract import Access
 from vfiostream.buffers import Buffer
-from vfiostream.devices import pci
-from vfiostream.devices.calls import Calls, Phase
-from vfiostream.devices.contract import Device, DeviceDescription, Pending
-from vfiostream.devices.control import logger, operation
-from vfiostream.devices.discovery import Found, LayoutName, discover, read_pci_config
-from vfiostream.devices.regions import Region
-from vfiostream.errors import DeviceBroken, DeviceRefused, Incompatible, LocalProtocolError
-from vfiostream.uapi.four_region import PAGE_SIZE, State
+from vfiostream.devices import dirty
+from vfiostream.devices.base import BaseDevice
+from vfiostream.devices.calls import Phase
+from vfiostream.devices.contract import Pending
+from vfiostream.devices.discovery import Found, LayoutName, discover
+from vfiostream.devices.operations import logger, operation
+from vfiostream.devices.regions import Region, regions_of
+from vfiostream.errors import DeviceBroken, DeviceRefused, Incompatible
+from vfiostream.uapi.four_region import State
 
 Order: TypeAlias = Literal["session", "posted"]
-
-MAX_BITMAP = 1024 * 1024
-"""Bytes of bitmap asked for at a time, however large the region: 32 GiB of guest memory."""
 
 
 @dataclass(slots=True)
@@ -58,21 +55,17 @@ class _Writing:
         return self.done == self.size or self.done % self.region.size == 0
 
 
-class FourRegionDevice(Device):
+class FourRegionDevice(BaseDevice):
     """A device of the four-region interface; made by :meth:`open`."""
 
-    def __init__(self, access: Access, found: Found, description: DeviceDescription, order: Order) -> None:
-        self.name = access.name
-        self.description = description
-        self._access = access
+    def __init__(self, access: Access, found: Found, order: Order) -> None:
+        super().__init__(access, found.description, found.pci)
         self._control = found.control
         self._config = found.config
         self._memory = found.memory
         self._bitmap = found.bitmap
         self._version = found.version
-        self._pci = found.pci
         self._posted = order == "posted"
-        self._calls = Calls(access.name)
         self._state: State | None = None
         """What we have set the device to; None while that is not known."""
         self._captured_unlogged = False
@@ -97,15 +90,10 @@ class FourRegionDevice(Device):
         :class:`~vfiostream.errors.Incompatible` for a device that does not have the interface, or not all of it.
         """
         try:
-            found = await discover(access, layout)
-            return cls(access, found, found.description, order)
+            return cls(access, await discover(access, await regions_of(access), layout), order)
         except BaseException:
             await access.aclose()
             raise
-
-    @property
-    def caveat(self) -> str | None:
-        return self._access.caveat
 
     # ---- source
 
@@ -173,22 +161,17 @@ class FourRegionDevice(Device):
 
     async def merge_dirty(self, iova: int, pages: int, bitmap: memoryview) -> None:
         with self._calls.call("merge_dirty"):
-            if self._bitmap is None:
-                raise self._calls.misuse("it does not track dirty pages")
+            self._require_bitmap(pages, bitmap)
             if not self._is_logging:
                 raise self._calls.misuse("dirty pages are tracked from the end of the first capture on")
-            if len(bitmap) != (pages + 7) // 8:
-                raise self._calls.misuse(f"a bitmap of {len(bitmap)} bytes is not one of {pages} pages")
-            step = min(self._bitmap.size, MAX_BITMAP) * 8
-            for first in range(0, pages, step):
-                count = min(step, pages - first)
-                await self._control.get_bitmap(iova + first * PAGE_SIZE, count)
-                bits = bytearray((count + 7) // 8)
-                await self._bitmap.read(0, memoryview(bits))
-                if count % 8:
-                    bits[-1] &= (1 << count % 8) - 1
-                start = first // 8
-                bitmap_merge(bitmap[start : start + len(bits)], bits)
+            region = self._bitmap
+            assert region is not None
+
+            async def ask(first: int, count: int, bits: memoryview) -> None:
+                await self._control.get_bitmap(iova + first * dirty.PAGE_SIZE, count)
+                await region.read(0, bits[: (count + 7) // 8])
+
+            await dirty.merge(bitmap, pages, region.size * 8, ask)
 
     async def quiesce(self) -> None:
         with self._calls.call("quiesce"):
@@ -211,11 +194,6 @@ class FourRegionDevice(Device):
             self._reading = _Reading(self._config, size, fetched=size)
             return size
 
-    async def read_pci_config(self) -> bytes | None:
-        if self._pci is None:
-            return None
-        return await read_pci_config(self._access, self._pci)
-
     async def release(self) -> None:
         with self._calls.call("release"):
             await self._set_state(State.STOP)
@@ -234,7 +212,7 @@ class FourRegionDevice(Device):
 
     async def accepts(self, version: str) -> bool:
         if self._version is None:
-            return True
+            return await super().accepts(version)
         data = version.encode()
         if not 0 < len(data) <= self._version.size:
             return False
@@ -313,9 +291,6 @@ class FourRegionDevice(Device):
             size = writing.region.size
             await self._control.set_memory((writing.done - 1) // size * size)
 
-    def _beyond(self, count: int) -> LocalProtocolError:
-        return self._calls.misuse(f"{count} bytes are more than was announced")
-
     async def begin_config(self, size: int) -> None:
         with self._calls.call("begin_config"):
             self._require_all_written()
@@ -326,21 +301,6 @@ class FourRegionDevice(Device):
                 )
             await self._control.set_config_size(size)
             self._writing = _Writing(self._config, size, is_config=True)
-
-    async def load_pci_config(self, config: Buffer) -> None:
-        with self._calls.call("load_pci_config"):
-            if self._pci is None:
-                raise Incompatible(
-                    f"{self.name} is not on PCI, and the source is; use a target device of the same kind"
-                )
-            current = await read_pci_config(self._access, self._pci)
-            try:
-                writes = pci.restore_writes(bytes(config), current)
-            except Incompatible as error:
-                raise Incompatible(f"{self.name}: {error}; use a target device of the same kind") from error
-            for offset, data in writes:
-                with operation(self.name, f"restore {len(data)} bytes of PCI config space at {offset:#04x}"):
-                    await self._access.write(self._pci.index, offset, data)
 
     async def finish_load(self) -> None:
         with self._calls.call("finish_load"):
@@ -357,16 +317,11 @@ class FourRegionDevice(Device):
 
     # ---- both
 
-    async def dma_map(self, iova: int, length: int, fd: int, offset: int) -> None:
-        with operation(self.name, f"map {length} bytes of guest memory at {iova:#x}"):
-            await self._access.dma_map(iova, length, fd, offset, writable=self.description.dirty_tracking)
-
     async def aclose(self) -> None:
-        self._calls.phase = Phase.CLOSED
         for region in (self._config, self._memory, self._bitmap):
             if region is not None:
                 region.forget_areas()
-        await self._access.aclose()
+        await super().aclose()
 
     # ---- what they share
 

@@ -11,7 +11,12 @@ from typing import Self
 
 from vfiostream._accel import copy
 from vfiostream.access.contract import Access, MappedArea, RegionInfo
-from vfiostream.devices.control import operation
+from vfiostream.devices.operations import operation
+
+
+async def regions_of(access: Access) -> list[RegionInfo]:
+    """All regions of the device behind ``access``, by their indexes."""
+    return [await access.region_info(index) for index in range(access.info.num_regions)]
 
 
 class Region:
@@ -19,9 +24,9 @@ class Region:
 
     def __init__(self, access: Access, info: RegionInfo, name: str, areas: Sequence[MappedArea]) -> None:
         """``areas`` are ordered by offset and do not overlap; they belong to the access."""
+        self.index = info.index
         self.size = info.size
         self._access = access
-        self._index = info.index
         self._name = name
         self._areas = tuple(areas)
 
@@ -45,7 +50,7 @@ class Region:
                 copy(piece, mapped)
             else:
                 with operation(self._access.name, f"read {len(piece)} bytes of its {self._name} at {offset + done}"):
-                    await self._access.read_into(self._index, offset + done, piece)
+                    await self._access.read_into(self.index, offset + done, piece)
             done += len(piece)
 
     async def write(self, offset: int, data: memoryview) -> None:
@@ -58,7 +63,7 @@ class Region:
                 copy(mapped, piece)
             else:
                 with operation(self._access.name, f"write {len(piece)} bytes of its {self._name} at {offset + done}"):
-                    await self._access.write(self._index, offset + done, piece)
+                    await self._access.write(self.index, offset + done, piece)
             done += len(piece)
 
     def forget_areas(self) -> None:

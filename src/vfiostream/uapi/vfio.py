@@ -46,6 +46,10 @@ MIGRATION_INFO = struct.Struct("<IIQQQ")
 """``vfio_device_migration_info``, at the start of that region: device_state, reserved, pending_bytes, data_offset,
 data_size.
 """
+MIGRATION_INFO_DEVICE_STATE = 0
+MIGRATION_INFO_PENDING_BYTES = 8
+MIGRATION_INFO_DATA_OFFSET = 16
+MIGRATION_INFO_DATA_SIZE = 24
 
 
 class RegionState(IntFlag):
