@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import itertools
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.device_contract import IOVA, PAGE, Saved, guest_memory, load, save
+from tests.device_contract import IOVA, PAGE, guest_memory
 from vfiostream.access.contract import Access
 from vfiostream.access.record import RecordedAccess, Recording, recorded
 from vfiostream.access.record_format import Event, Reader
 from vfiostream.access.replay import open_replay
 from vfiostream.devices.contract import Device
-from vfiostream.devices.four_region import FourRegionDevice
+from vfiostream.devices.finding import find
 from vfiostream.errors import DeviceRefused, VfiostreamError
 from vfiostream.vendor.device import ReferenceDevice
 from vfiostream.vendor.inprocess import InProcessAccess
@@ -56,7 +58,7 @@ async def outcome(opening: Callable[[], Awaitable[Access]], flow: Flow, workload
     """
     came: list[Any] = []
     try:
-        device = await FourRegionDevice.open(await opening())
+        device = await find(await opening())
     except VfiostreamError as error:
         return (_of(error),)
     async with device:
@@ -88,24 +90,94 @@ async def recorded_and_replayed(
     return first, await outcome(replay, replaying or flow, Still)
 
 
+@dataclass
+class Saved:
+    """All that a source gave: sizes and bytes of its captures."""
+
+    captures: list[tuple[int | None, bytes]] = field(default_factory=list)
+    pci: bytes | None = None
+    config: bytes = b""
+    dirty: bytes = b""
+
+
+async def drain(device: Device, cuts: Iterator[int]) -> bytes:
+    """A capture or config, in pieces of at most ``cuts``."""
+    content = bytearray()
+    for cut in cuts:
+        piece = await device.next(cut)
+        if piece is None:
+            piece = memoryview(bytearray(cut))
+            piece = piece[: await device.read(piece)]
+        content += piece
+        if not piece:
+            break
+    return bytes(content)
+
+
 def saving(*cuts: int) -> Flow:
-    async def flow(device: Device, workload: Any) -> tuple[Saved, bytes]:
+    """Three rounds and the stop of a source, with guest memory."""
+
+    async def flow(device: Device, workload: Any) -> Saved:
+        saved, pieces = Saved(), itertools.cycle(cuts or CUTS)
+
+        async def one_round() -> None:
+            await device.begin_round()
+            while (size := await device.capture()) != 0:
+                saved.captures.append((size, await drain(device, pieces)))
+            bitmap = bytearray(8)
+            await device.merge_dirty(IOVA, 64, memoryview(bitmap))
+            saved.dirty += bitmap
+
         with guest_memory(64) as fd:
             await device.dma_map(IOVA, 64 * PAGE, fd, 0)
-            saved = await save(device, workload, cuts=cuts or CUTS)
-            bitmap = bytearray(8)
-            if device.description.dirty_tracking:
-                await device.merge_dirty(IOVA, 64, memoryview(bitmap))
+            await device.start_precopy()
+            for _ in range(3):
+                await one_round()
+                await device.pending()
+                workload.workload.write(7)
+            await device.quiesce()
+            await device.stop()
+            await one_round()
+            saved.pci = await device.read_pci_config()
+            if await device.capture_config():
+                saved.config = await drain(device, pieces)
             await device.release()
-            return saved, bytes(bitmap)
+        return saved
 
     return flow
 
 
 def loading(saved: Saved, *cuts: int) -> Flow:
+    """All of a target."""
+
     async def flow(device: Device, workload: Any) -> None:
+        pieces = itertools.cycle(cuts or CUTS)
+
+        async def write(content: bytes) -> None:
+            at = 0
+            while at < len(content):
+                cut = next(pieces)
+                await device.write(content[at : at + cut])
+                at += cut
+
         assert await device.accepts(device.description.version or "")
-        await load(device, saved, cuts=cuts or CUTS)
+        await device.start_load()
+        for size, content in saved.captures:
+            await device.begin_capture(size)
+            await write(content)
+        if saved.pci is not None:
+            await device.load_pci_config(saved.pci)
+        if saved.config:
+            await device.begin_config(len(saved.config))
+            await write(saved.config)
+        await device.finish_load()
         await device.run()
 
     return flow
+
+
+async def saved_from(driver: ReferenceDevice) -> Saved:
+    """What a source gives, without a record."""
+    async with await find(InProcessAccess(driver)) as device:
+        saved: Saved = await saving()(device, driver)
+        return saved

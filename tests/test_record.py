@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, get_args
 
 import anyio
 import anyio.lowlevel
@@ -23,8 +23,19 @@ import xxhash
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from tests.access_contract import AccessContract, Subject
-from tests.device_contract import PAGE, Saved, driver, drivers, save
-from tests.recordings import ADDRESS, Still, events, loading, outcome, record, recorded_and_replayed, saving
+from tests.device_contract import PAGE, driver, drivers
+from tests.recordings import (
+    ADDRESS,
+    Saved,
+    Still,
+    events,
+    loading,
+    outcome,
+    record,
+    recorded_and_replayed,
+    saved_from,
+    saving,
+)
 from tests.test_vendor_access import ReferenceSubject
 from tests.vendor_operations import CONTROL, MEMORY, PCI_CONFIG, SMALL as SMALL_DEVICE, VERSION
 from vfiostream.access import open_access
@@ -46,20 +57,22 @@ from vfiostream.access.record_format import (
 )
 from vfiostream.access.replay import open_replay
 from vfiostream.devices import open_device
-from vfiostream.devices.four_region import FourRegionDevice
+from vfiostream.devices.finding import find
 from vfiostream.errors import (
     DeviceBroken,
     DeviceLost,
+    DeviceRefused,
     DeviceTimeout,
     ReplayDiverged,
     UsageError,
     VfiostreamError,
 )
 from vfiostream.uapi.four_region import NATURAL, State
+from vfiostream.uapi.vfio import MigrationState
 from vfiostream.vendor.device import ReferenceDevice
 from vfiostream.vendor.inprocess import InProcessAccess
 from vfiostream.vendor.server import Server
-from vfiostream.vendor.settings import Fault, Operation, Settings
+from vfiostream.vendor.settings import OPERATIONS, Fault, Interface, Operation, Settings
 
 pytestmark = pytest.mark.anyio
 
@@ -222,11 +235,10 @@ def files_of_at_most(size: int) -> Iterator[None]:
 
 
 async def test_a_full_disk_ends_the_record_and_nothing_else(path: Path) -> None:
-    with driver() as device, files_of_at_most(20_000):
-        opened = await FourRegionDevice.open(await record(path, device))
-        async with opened:
+    with driver() as device, files_of_at_most(65 * PAGE):
+        async with await find(await record(path, device)) as opened:
             assert opened.caveat is None
-            saved = await save(opened, device)
+            saved: Saved = await saving()(opened, device)
             assert opened.caveat is not None
             assert f"the record in {path} is not whole" in opened.caveat
     assert len(saved.captures) == 4
@@ -241,17 +253,27 @@ async def test_a_full_disk_ends_the_record_and_nothing_else(path: Path) -> None:
 # ---- a replay answers the same
 
 
-async def test_a_replay_gives_the_same(path: Path) -> None:
-    with driver() as device:
+INTERFACES: tuple[Interface, ...] = get_args(Interface)
+
+
+@pytest.fixture(params=INTERFACES)
+def interface(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+async def test_a_replay_gives_the_same(path: Path, interface: str) -> None:
+    with driver(interface=interface) as device:
         first, again = await recorded_and_replayed(path, device, saving())
     assert first == again
-    (saved, _), resumed = first[1:3]
-    assert len(saved.captures) == 4
+    description, saved, resumed, _ = first
+    assert description.interface == interface
+    assert len(saved.captures) >= 4
     assert resumed is None
 
 
-async def test_over_vfio_user(path: Path, tmp_path: Path) -> None:
-    with driver() as device:
+async def test_over_vfio_user(path: Path, tmp_path: Path, interface: str) -> None:
+    with driver(interface=interface) as device:
         server = Server(device, str(tmp_path / "socket"))
         thread = Thread(target=server.serve_forever)
         thread.start()
@@ -265,67 +287,111 @@ async def test_over_vfio_user(path: Path, tmp_path: Path) -> None:
             server.close()
             thread.join()
     assert first == await outcome(lambda: open_access(f"replay:{path}"), saving(), Still)
-    assert isinstance(first[1][0], Saved)
+    assert isinstance(first[1], Saved)
 
 
-@pytest.mark.parametrize("order", ["session", "posted"])
 @pytest.mark.parametrize("payloads", [True, False])
-async def test_both_ends_of_a_move(path: Path, tmp_path: Path, order: Any, payloads: bool) -> None:
-    with drivers({}, {}) as (here, there):
-        async with await FourRegionDevice.open(await record(path, here), order=order) as source:
-            saved = await save(source, here)
-        first, again = await recorded_and_replayed(tmp_path / "there.record", there, loading(saved), payloads=payloads)
+async def test_a_target(path: Path, interface: str, payloads: bool) -> None:
+    with drivers({"interface": interface}, {"interface": interface}) as (here, there):
+        first, again = await recorded_and_replayed(path, there, loading(await saved_from(here)), payloads=payloads)
     assert first == again
     assert first[1] is None
-    async with await FourRegionDevice.open(open_replay(path), order=order) as source:
-        assert await save(source, Still) == saved  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("effect", [errno.EIO, "hang", "exit"])
+async def test_both_orders_of_a_session(path: Path) -> None:
+    with driver() as device:
+        async with await find(await record(path, device), order="posted") as source:
+            saved = await saving()(source, device)
+    async with await find(open_replay(path), order="posted") as source:
+        assert await saving()(source, Still) == saved
+    async with await find(open_replay(path), order="session") as source:
+        with pytest.raises(ReplayDiverged, match="set device state|write 4 bytes"):
+            await saving()(source, Still)
+
+
 @pytest.mark.parametrize("n", [1, 3])
-@pytest.mark.parametrize("operation", Operation)
-async def test_a_replay_fails_the_same(path: Path, operation: Operation, n: int, effect: Any) -> None:
-    with driver(seed=1) as other:
-        async with await FourRegionDevice.open(InProcessAccess(other)) as source:
-            saved = await save(source, other)
-    with driver(faults=(Fault(operation, n, effect),)) as device:
-        flow = loading(saved) if "set-" in operation and operation is not Operation.SET_STATE else saving()
-        first, again = await recorded_and_replayed(path, device, flow)
-    assert first == again
-    reached = any(isinstance(came, tuple) and isinstance(came[0], type) for came in first)
-    assert reached or n == 3  # not all are called three times
+@pytest.mark.parametrize(
+    ("interface", "operation"), [(spoken, operation) for spoken in INTERFACES for operation in OPERATIONS[spoken]]
+)
+async def test_a_replay_fails_the_same(path: Path, interface: Interface, operation: Operation, n: int) -> None:
+    with driver(seed=1, interface=interface) as other:
+        saved = await saved_from(other)
+    effects: tuple[Any, ...] = (errno.EIO, "exit", "hang" if interface == "four-region" else "error")
+    for number, effect in enumerate(effects):
+        for name, flow in {"saving": saving(), "loading": loading(saved)}.items():
+            with driver(interface=interface, faults=(Fault(operation, n, effect),)) as device:
+                first, again = await recorded_and_replayed(path.with_name(f"{name}{number}.record"), device, flow)
+            assert first == again
+
+
+async def test_the_tests_of_faults_reach_them(path: Path) -> None:
+    with driver(faults=(Fault(Operation.GET_MEMORY, 1, errno.EIO),)) as device:
+        first, again = await recorded_and_replayed(path, device, saving())
+    assert first[1][0] is again[1][0] is DeviceRefused
+    assert again[1][1] == f"{ADDRESS}: the driver refused get memory chunk at 0 with EIO (Input/output error)"
 
 
 @pytest.mark.parametrize("payloads", [True, False])
 @pytest.mark.parametrize("cut", [300, 64 * 1024, 3 * PAGE + 1])
-async def test_the_cut_of_a_transfer_may_differ(path: Path, tmp_path: Path, cut: int, payloads: bool) -> None:
-    with drivers({}, {}) as (here, there):
+async def test_the_cut_of_a_transfer_may_differ(
+    path: Path, tmp_path: Path, interface: str, cut: int, payloads: bool
+) -> None:
+    with drivers({"interface": interface}, {"interface": interface}) as (here, there):
         first, again = await recorded_and_replayed(path, here, saving(5 * PAGE), saving(cut), payloads=payloads)
-        saved: Saved = first[1][0]
-        if payloads:
-            assert first == again
-        else:
-            made_up: Saved = again[1][0]
-            assert [len(capture) for capture in made_up.captures] == [len(capture) for capture in saved.captures]
-            assert not any(any(capture) for capture in made_up.captures)
-            assert made_up.pci == saved.pci
-            assert (first[0], first[2:]) == (again[0], again[2:])
+        saved, replayed = first[1], again[1]
+        stream, read = (b"".join(content for _, content in one.captures) for one in (saved, replayed))
+        assert len(stream) == len(read)
+        assert read == stream if payloads else not any(read)
+        assert (saved.pci, len(saved.config)) == (replayed.pci, len(replayed.config))
+        assert first[2:] == again[2:]
+        if interface != "migration-states":  # whose rounds are our own
+            assert [size for size, _ in saved.captures] == [size for size, _ in replayed.captures]
         first, again = await recorded_and_replayed(
             tmp_path / "there.record", there, loading(saved, 5 * PAGE), loading(saved, cut), payloads=payloads
         )
         assert first == again
+        assert first[1] is None
 
 
-async def test_other_bytes_to_load_are_another_question_where_the_record_has_them(path: Path, tmp_path: Path) -> None:
-    with driver(seed=1) as here, driver() as there, driver() as another:
-        async with await FourRegionDevice.open(InProcessAccess(here)) as source:
-            saved = await save(source, here)
-        other = replace(saved, captures=[bytes(len(capture)) for capture in saved.captures])
-        without = tmp_path / "without.record"
-        _, again = await recorded_and_replayed(without, there, loading(saved), loading(other), payloads=False)
-        assert again[1] is None
-        _, again = await recorded_and_replayed(path, another, loading(saved), loading(other), payloads=True)
-        assert again[1][0] is ReplayDiverged
+async def test_a_round_that_ends_earlier_leaves_its_rest_to_the_next(path: Path) -> None:
+    with driver(interface="migration-states") as device:
+        async with await record(path, device) as access:
+            data = await access.set_migration_state(MigrationState.PRE_COPY)
+            assert data is not None
+            got = memoryview(bytearray(3 * PAGE))
+            whole = b""
+            with pytest.raises(DeviceRefused) as ended:
+                while count := await data.read_into(got):
+                    whole += got[:count]
+            assert ended.value.errno == errno.ENOMSG
+            await data.precopy_info()
+    async with open_replay(path) as access:
+        data = await access.set_migration_state(MigrationState.PRE_COPY)
+        assert data is not None
+        got = memoryview(bytearray(PAGE))
+        await data.read_into(got)
+        found = bytes(got)
+        info = await data.precopy_info()
+        assert info.dirty >= 0
+        while len(found) < len(whole):
+            found += got[: await data.read_into(got)]
+        assert found == whole
+        with pytest.raises(DeviceLost, match="the record ends"):
+            await data.read_into(got)
+
+
+async def test_other_bytes_to_load_are_another_question_where_the_record_has_them(
+    path: Path, tmp_path: Path, interface: str
+) -> None:
+    with driver(seed=1, interface=interface) as here:
+        saved = await saved_from(here)
+    other = replace(saved, captures=[(size, bytes(len(content))) for size, content in saved.captures])
+    for payloads, expected in ((False, None), (True, ReplayDiverged)):
+        with driver(interface=interface) as there:
+            _, again = await recorded_and_replayed(
+                tmp_path / f"{payloads}.record", there, loading(saved), loading(other), payloads=payloads
+            )
+        assert again[1] is None if expected is None else again[1][0] is expected
 
 
 # ---- and nothing else

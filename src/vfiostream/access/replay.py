@@ -4,7 +4,8 @@ The same questions in the same order. Everything else is a :class:`~vfiostream.e
 event, and leaves it the next one. What may differ:
 
 - How a transfer of more than ``SMALL`` bytes is cut: pieces that follow each other in a region, or in the data of a
-  migration, are answered from as many recorded ones as they need. The cut is the user's choice, not the device's.
+  migration, are answered from as many recorded ones as they need. The cut is the user's choice, not the device's. What
+  is not read of the data of a migration, as a round ended earlier for that, is read first in the next.
 - How often a region is described, and when data and access are closed: nothing hangs on that.
 - What is written in larger transfers, where the record does not hold it: only its length is compared.
 
@@ -20,8 +21,10 @@ event loop's thread, as it is needed.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -44,6 +47,9 @@ from vfiostream.errors import (
     UsageError,
 )
 from vfiostream.uapi.vfio import FeatureOperation
+
+MAX_UNREAD = 16 * 1024 * 1024
+"""Bytes of the data of a migration that may be left for later: more than one read is large."""
 
 _UNASKED = ("close", "close_data")
 """Recorded for people: a replay does not ask for them."""
@@ -90,6 +96,8 @@ class _Tape:
         self._done = 0
         """Bytes of the event that were transferred already."""
         self._recorded_name = ""
+        self._unread: dict[int, deque[Bulk]] = {}
+        """Of the data of each migration, what was read earlier when it was recorded."""
 
     def open(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         """The first event: arguments, and result."""
@@ -104,7 +112,7 @@ class _Tape:
 
     def ask(self, what: str, **arguments: Any) -> Answer:
         """The answer to a question that is no transfer; raises what was raised."""
-        event = self._next()
+        event = self._next_but_reads()
         if event is None or event.call.what != what or event.call.arguments != arguments or self._done:
             raise self._diverged(event, describe(what, arguments, None))
         return self._answer(event)
@@ -139,6 +147,13 @@ class _Tape:
         """Answer a read of the data of a migration: what one recorded read gave, or as much of it as there is room
         for.
         """
+        if unread := self._unread.get(data):
+            bulk = unread.popleft()
+            count = min(len(into), bulk.size)
+            _give(into[:count], bulk, 0)
+            if count < bulk.size:
+                unread.appendleft(_rest(bulk, count))
+            return count
         event = self._next()
         if event is None or event.call.what != "read_data" or event.call.arguments["data"] != data:
             raise self._diverged(event, _transferred("read_data", {"data": data}, into))
@@ -146,7 +161,7 @@ class _Tape:
 
     def _transfer(self, what: str, asked: Mapping[str, int], rest: memoryview, *, continues: bool) -> Event:
         """The event that a transfer, or ``rest`` of it, begins with."""
-        event = self._next()
+        event = self._next_but_reads()
         if event is None or event.call.what != what:
             raise self._diverged(event, _transferred(what, asked, rest))
         recorded = dict(event.call.arguments)
@@ -165,10 +180,7 @@ class _Tape:
         assert event.answer is not None
         bulk = _bulk(event.answer)
         count = min(len(into), bulk.size - self._done)
-        if bulk.data is None:
-            into[:count] = bytes(count)
-        else:
-            copy(into[:count], memoryview(bulk.data)[self._done : self._done + count])
+        _give(into[:count], bulk, self._done)
         self._advance(count, bulk.size, event)
         return count
 
@@ -188,6 +200,25 @@ class _Tape:
                 return None
             self._number = self._event.call.number
         return self._event
+
+    def _next_but_reads(self) -> Event | None:
+        """The event that comes next when no data of a migration is read; what was read then is kept for later."""
+        while (event := self._next()) is not None and event.call.what == "read_data":
+            failure = _failure(event)
+            if isinstance(failure, Failed) and failure.errno == errno.ENOMSG:
+                pass  # there was nothing more for then, and that is not so later
+            elif failure is None and event.answer is not None:
+                rest = _rest(_bulk(event.answer), self._done)
+                unread = self._unread.setdefault(event.call.arguments["data"], deque())
+                if sum(bulk.size for bulk in unread) + rest.size > MAX_UNREAD:
+                    break
+                if rest.size:
+                    unread.append(rest)
+            else:
+                break
+            self._event = None
+            self._done = 0
+        return event
 
     def _answer(self, event: Event) -> Answer:
         """Let ``event`` be over; raises what was raised."""
@@ -218,6 +249,19 @@ class _Tape:
             f"{self.name}: it was asked to {asked}, where event {event.call.number} of the record is to "
             f"{_what(event.call)}{part}; use it just as the device was used that was recorded"
         )
+
+
+def _give(into: memoryview, bulk: Bulk, start: int) -> None:
+    """Fill ``into`` with what is in ``bulk`` from ``start`` on, or with zeros where its bytes are not known."""
+    if bulk.data is None:
+        into[:] = bytes(len(into))
+    else:
+        copy(into, memoryview(bulk.data)[start : start + len(into)])
+
+
+def _rest(bulk: Bulk, start: int) -> Bulk:
+    """What is in ``bulk`` from ``start`` on; its digest is that of all."""
+    return Bulk(bulk.size - start, bulk.digest, None if bulk.data is None else memoryview(bulk.data)[start:])
 
 
 def _what(call: Call) -> str:
