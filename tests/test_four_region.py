@@ -46,77 +46,126 @@ CONTROL, CONFIG, MEMORY, BITMAP, VERSION = 9, 10, 11, 12, 13
 ORDERS: tuple[Order, ...] = ("session", "posted")
 
 
-@contextmanager
-def served(device: ReferenceDevice) -> Iterator[str]:
-    """The path of a vfio-user server for ``device``."""
-    with tempfile.TemporaryDirectory() as directory:
-        path = str(Path(directory) / "device.sock")
-        server = Server(device, path)
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield path
-        finally:
-            server.close()
-            thread.join()
+class FourRegionContract(DeviceContract):
+    interface = "four-region"
+
+    async def test_it_describes_its_config_and_version(self, opened: Opener) -> None:
+        with driver(version_string="version one") as one:
+            async with opened(one) as device:
+                about = device.description
+                assert about.version == "version one"
+                assert 3000 <= about.config_size <= about.config_limit == 2 * PAGE
+
+    async def test_without_memory_there_are_no_captures(self, opened: Opener) -> None:
+        with driver(memory=0) as one:
+            async with opened(one) as source:
+                assert not source.description.device_memory
+                await source.start_precopy()
+                with pytest.raises(LocalProtocolError):
+                    await source.capture()
+
+    async def test_the_driver_says_which_versions_it_takes(self, opened: Opener) -> None:
+        with driver(version_string="new", accept=("old",)) as one:
+            before = one.digest()
+            async with opened(one) as device:
+                assert await device.accepts("new")
+                assert await device.accepts("old")
+                assert not await device.accepts("future")
+                assert not await device.accepts("")
+                assert not await device.accepts("x" * 10_000)
+                assert device.description.version == "new"
+            assert (state(one), one.digest()) == (State.RUNNING, before)
+
+    async def test_nothing_reaches_the_driver_before_a_chunk_is_whole(self, opened: Opener) -> None:
+        with drivers({}, {}) as (one, other):
+            async with opened(one) as source:
+                saved = await save(source, one)
+            before = other.digest()
+            async with opened(other) as target:
+                size, content = saved.captures[0]
+                await target.start_load()
+                await target.begin_capture(size)
+                await target.write(content[: 8 * PAGE - 1])
+                assert other.digest() == before
+                await target.write(content[8 * PAGE - 1 : 8 * PAGE])
+                assert other.digest() != before
+                await target.abandon()
+
+    @pytest.mark.parametrize(
+        ("operation", "n", "named"),
+        [
+            (Operation.SET_STATE, 1, "set device state to RUNNING"),
+            (Operation.SET_STATE, 2, "set device state to RUNNING_LOGGING"),
+            (Operation.SET_STATE, 3, "set device state to STOP_LOGGING"),
+            (Operation.GET_MEMORY_SIZE, 1, "get memory size"),
+            (Operation.GET_MEMORY_SIZE, 3, "get memory size"),
+            (Operation.GET_MEMORY, 1, "get memory chunk at 0"),
+            (Operation.GET_MEMORY, 3, f"get memory chunk at {16 * PAGE}"),
+            (Operation.GET_CONFIG_SIZE, 2, "get config size"),  # the first is asked when it's opened
+            (Operation.GET_CONFIG, 1, "get config"),
+            (Operation.GET_BITMAP, 1, "get dirty bitmap of 10 pages at 0x100000000"),
+        ],
+    )
+    async def test_what_a_source_is_refused_has_a_name(
+        self, opened: Opener, operation: Operation, n: int, named: str
+    ) -> None:
+        with driver(faults=(Fault(operation, n, errno.EIO),)) as one, guest_memory(10) as fd:
+            async with opened(one) as source:
+                await source.dma_map(IOVA, 10 * PAGE, fd, 0)
+                with pytest.raises(DeviceRefused, match=source.name) as caught:
+                    await save(source, one)
+                    await source.merge_dirty(IOVA, 10, memoryview(bytearray(2)))
+                assert (caught.value.operation, caught.value.errno) == (named, errno.EIO)
+                await source.resume()
+            await self.check_unharmed(opened, one)
+
+    @pytest.mark.parametrize(
+        ("operation", "n", "number", "named"),
+        [
+            (Operation.SET_STATE, 1, errno.EIO, "set device state to STOP"),
+            (Operation.SET_STATE, 2, errno.EIO, "set device state to RUNNING"),
+            (Operation.SET_MEMORY_SIZE, 1, errno.ENOSPC, "set memory size to 200704"),
+            (Operation.SET_MEMORY, 1, errno.EIO, "set memory chunk at 0"),
+            (Operation.SET_MEMORY, 2, errno.EBADMSG, f"set memory chunk at {8 * PAGE}"),
+            (Operation.SET_CONFIG_SIZE, 1, errno.EIO, "set config size to 3056"),
+            (Operation.SET_CONFIG, 1, errno.EIO, "set config"),
+        ],
+    )
+    async def test_what_a_target_is_refused_has_a_name(
+        self, opened: Opener, operation: Operation, n: int, number: int, named: str
+    ) -> None:
+        with drivers({}, {"faults": (Fault(operation, n, number),)}) as (one, other):
+            async with opened(one) as source:
+                saved = await save(source, one)
+            async with opened(other) as target:
+                with pytest.raises(DeviceRefused) as caught:
+                    await load(target, saved)
+                    await target.run()
+                assert (caught.value.operation, caught.value.errno) == (named, number)
+                assert ("memory" in str(caught.value).partition(";")[2]) == (number == errno.ENOSPC)
+                await target.abandon()
+                assert state(other) == State.STOP
+
+    @pytest.mark.parametrize("size", [0, 2 * PAGE + 1, 1 << 40])
+    async def test_a_config_that_does_not_fit_is_refused(self, opened: Opener, size: int) -> None:
+        with driver() as other:
+            async with opened(other) as target:
+                await target.start_load()
+                with pytest.raises(Incompatible, match=f"1 to {2 * PAGE}"):
+                    await target.begin_config(size)
+                await target.abandon()
 
 
-class TestInProcess(DeviceContract):
+class TestInProcess(FourRegionContract):
     @pytest.fixture(params=ORDERS)
     def opened(self, request: pytest.FixtureRequest) -> Opener:
-        @asynccontextmanager
-        async def opened(one: ReferenceDevice) -> AsyncIterator[Device]:
-            async with await FourRegionDevice.open(InProcessAccess(one), order=request.param) as device:
-                yield device
-
-        return opened
+        return in_process(request.param)
 
 
-class TestOverVfioUser(DeviceContract):
+class TestOverVfioUser(FourRegionContract):
     @pytest.fixture(params=ORDERS)
     def opened(self, request: pytest.FixtureRequest) -> Opener:
-        @asynccontextmanager
-        async def opened(one: ReferenceDevice) -> AsyncIterator[Device]:
-            with served(one) as path:
-                async with await FourRegionDevice.open(await vfio_user.connect(path), order=request.param) as device:
-                    yield device
-
-        return opened
-
-
-class Between(Access):
-    """Stands between a device and its access, and passes everything on; tests change what they want to."""
-
-    def __init__(self, access: Access) -> None:
-        self.access = access
-        self.name = access.name
-        self.info = access.info
-        self.closed = False
-
-    async def region_info(self, index: int) -> RegionInfo:
-        return await self.access.region_info(index)
-
-    async def read_into(self, index: int, offset: int, into: memoryview) -> None:
-        await self.access.read_into(index, offset, into)
-
-    async def write(self, index: int, offset: int, data: Buffer) -> None:
-        await self.access.write(index, offset, data)
-
-    async def map(self, info: RegionInfo) -> Sequence[MappedArea]:
-        return await self.access.map(info)
-
-    async def dma_map(self, iova: int, length: int, fd: int, offset: int, *, writable: bool) -> None:
-        await self.access.dma_map(iova, length, fd, offset, writable=writable)
-
-    async def dma_unmap(self, iova: int, length: int) -> None:
-        await self.access.dma_unmap(iova, length)
-
-    async def reset(self) -> None:
-        await self.access.reset()
-
-    async def aclose(self) -> None:
-        self.closed = True
-        await self.access.aclose()
+        return over_vfio_user(request.param)
 
 
 # ---- what the driver gets to see
