@@ -296,7 +296,7 @@ class AnyClient(RuleBasedStateMachine):
     @rule()
     def free(self) -> None:
         pending = self.source.pending
-        assert pending or self.state in (STOP, RUNNING, PRE_COPY, STOP_COPY)
+        assert pending == 0 or self.state & STOP_COPY
         self.stream += self.last
         self.last = b""
 

@@ -57,8 +57,8 @@ class Features:
     async def do(self, operation: FeatureOperation, feature: int, data: bytes = b"", size: int = 0) -> bytes:
         """As :meth:`vfiostream.access.contract.Access.feature`.
 
-        What a server answers to a probe of a feature that it does not have, or to a command that it does not know,
-        differs from one to another (EINVAL, EOPNOTSUPP, ENOTTY): all of it becomes ENOTTY.
+        What a server answers to the question whether it has a feature, or to a command that it does not know, differs
+        from one to another (EINVAL, EOPNOTSUPP, ENOTTY): all of it becomes ENOTTY.
         """
         what = f"feature {_feature_name(feature)} ({operation.name})"
         if FEATURE.size + len(data) > MAX_BODY:
@@ -74,7 +74,8 @@ class Features:
                 timeout=self._timeout,
             )
         except DeviceRefused as refused:
-            if operation & FeatureOperation.PROBE or refused.errno in _UNKNOWN:
+            asks = operation & FeatureOperation.PROBE or feature == Feature.MIGRATION
+            if asks or refused.errno in _UNKNOWN:
                 raise DeviceRefused(self._channel.name, what, errno.ENOTTY, "it does not have it") from refused
             raise
         if size and reply.size < FEATURE.size + size:

@@ -57,6 +57,11 @@ class ReferenceDevice:
     def workload(self) -> Workload:
         return self._hardware.workload
 
+    @property
+    def state(self) -> int:
+        """The device state, in the numbers of the interface."""
+        return self.driver.state
+
     def read(self, index: int, offset: int, into: memoryview) -> None:
         """Read ``len(into)`` bytes of a region. Raises OSError, Hang, Exit."""
         region = self._checked(index, offset, len(into), "read")
@@ -134,5 +139,5 @@ class ReferenceDevice:
         content = bytearray(pci.BAR0_SIZE)
         if offset < DIGEST_SIZE:
             content[:DIGEST_SIZE] = self.digest()
-        _U32.pack_into(content, DIGEST_SIZE, self.driver.state)
+        _U32.pack_into(content, DIGEST_SIZE, self.state)
         return bytes(content[offset : offset + count])

@@ -14,7 +14,8 @@ from vfiostream.uapi.vfio import FEATURE_MASK, Feature, FeatureOperation
 from vfiostream.vendor.hardware import Hardware
 from vfiostream.vendor.regions import Region
 
-_GET, _SET, _PROBE = FeatureOperation.GET, FeatureOperation.SET, FeatureOperation.PROBE
+_GET, _SET, _PROBE = (int(one) for one in (FeatureOperation.GET, FeatureOperation.SET, FeatureOperation.PROBE))
+"""Plain numbers: the inverse of a flag has no bits but those of its class, and a client sends what it likes."""
 
 
 class Driver(ABC):
@@ -63,17 +64,17 @@ class Driver(ABC):
         asked = flags & ~FEATURE_MASK
         if asked & ~(_GET | _SET | _PROBE):
             raise OSError(errno.EINVAL, f"the flags {flags:#x} of feature {number} are not known")
-        allowed = self.features.get(number)  # type: ignore[call-overload]  # any number may come
-        if allowed is None:
+        if number not in self.features:
             raise OSError(errno.ENOTTY, f"there is no feature {number}")
-        if asked & ~_PROBE & ~allowed:
+        feature = Feature(number)
+        if asked & ~_PROBE & ~self.features[feature]:
             raise OSError(errno.EINVAL, f"feature {number} can't be used with flags {flags:#x}")
         if asked & _PROBE:
             return bytes(data)
         if asked == _GET:
-            return self.get_feature(Feature(number), bytes(data))
+            return self.get_feature(feature, bytes(data))
         if asked == _SET:
-            return self.set_feature(Feature(number), bytes(data))
+            return self.set_feature(feature, bytes(data))
         raise OSError(errno.EINVAL, f"feature {number} is to be neither got nor set")
 
     def get_feature(self, feature: Feature, data: bytes) -> bytes:
