@@ -22,7 +22,7 @@ import pytest
 import xxhash
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from tests.access_contract import AccessContract, Subject
+from tests.access_contract import AccessContract, FeatureContract, FeatureSubject, Subject
 from tests.device_contract import PAGE, driver, drivers
 from tests.recordings import (
     ADDRESS,
@@ -36,7 +36,7 @@ from tests.recordings import (
     saved_from,
     saving,
 )
-from tests.test_vendor_access import ReferenceSubject
+from tests.test_vendor_access import ReferenceFeatures, ReferenceSubject, featured
 from tests.vendor_operations import CONTROL, MEMORY, PCI_CONFIG, SMALL as SMALL_DEVICE, VERSION
 from vfiostream.access import open_access
 from vfiostream.access.contract import Access
@@ -74,6 +74,8 @@ from vfiostream.vendor.inprocess import InProcessAccess
 from vfiostream.vendor.server import Server
 from vfiostream.vendor.settings import OPERATIONS, Fault, Interface, Operation, Settings
 
+__all__ = ["featured"]  # a fixture
+
 pytestmark = pytest.mark.anyio
 
 
@@ -98,6 +100,13 @@ class TestRecordedAccess(AccessContract):
         async with await record(path, device) as access:
             yield ReferenceSubject(access, "none")  # whatever the device can: what is recorded is not mapped
         device.close()
+
+
+class TestRecordedFeatures(FeatureContract):
+    @pytest.fixture
+    async def subject(self, featured: ReferenceDevice, path: Path) -> AsyncIterator[FeatureSubject]:
+        async with await record(path, featured) as access:
+            yield ReferenceFeatures(access, featured)
 
 
 async def test_what_is_recorded_is_not_mapped(path: Path) -> None:
