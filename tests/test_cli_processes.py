@@ -262,6 +262,19 @@ def test_a_device_is_recorded_and_replayed(
     assert "where event 22 of the record is to write" in sentence(diverged)
 
 
+def test_a_busy_device_is_replayed_in_as_many_rounds(source: str, tmp_path: Path) -> None:
+    memory = tmp_path / "memory"
+    memory.touch()
+    os.truncate(memory, 4 * MIB)
+    rounds = ("--downtime-limit", "0ms", "--max-rounds", "3", "--if-not-converged", "stop")
+    options = ("--guest-memory", f"{GPA}={memory}", "--json", *rounds)
+    saved = run("save", source, f"file:{tmp_path / 'a'}", "--record", tmp_path / "r", *options)
+    replayed = run("save", f"replay:{tmp_path / 'r'}", f"file:{tmp_path / 'b'}", "--chunk", "128KiB", *options)
+    for ended in (saved, replayed):
+        assert (ended.code, ended.errors) == (0, "")
+        assert ended.events[-1]["rounds"] == 4
+
+
 def test_each_device_has_its_record(call: Call, source: str, target: str, tmp_path: Path) -> None:
     files = tmp_path / "a.record", tmp_path / "b.record"
     records = tuple(word for file in files for word in ("--record", file))

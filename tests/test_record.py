@@ -40,7 +40,7 @@ from tests.test_vendor_access import ReferenceFeatures, ReferenceSubject, featur
 from tests.vendor_operations import CONTROL, MEMORY, PCI_CONFIG, SMALL as SMALL_DEVICE, VERSION
 from vfiostream.access import open_access
 from vfiostream.access.contract import Access
-from vfiostream.access.record import SMALL, Recording, recorded
+from vfiostream.access.record import SMALL, Recording, pieces_of_log, recorded
 from vfiostream.access.record_format import (
     MAX_HEADER,
     MAX_PAYLOAD,
@@ -136,6 +136,22 @@ async def test_a_long_transfer_is_several_events(path: Path, payloads: bool) -> 
             Bulk(MAX_PAYLOAD, xxhash.xxh3_64_intdigest(data[:MAX_PAYLOAD]), kept[0]),
             Bulk(5 * PAGE - 9, xxhash.xxh3_64_intdigest(data[MAX_PAYLOAD:]), kept[1]),
         ]
+    async with open_replay(path) as access:
+        await access.write(MEMORY, 5, data)
+        assert await into(access, MEMORY, 5, size - 9) == (data if payloads else bytes(size - 9))
+
+
+def test_a_long_log_is_read_in_pieces() -> None:
+    bitmap = memoryview(bytes(range(251)) * (2 * MAX_PAYLOAD // 251 + 8))[: 2 * MAX_PAYLOAD + 8]
+    pages = len(bitmap) * 8 - 3
+    pieces = list(pieces_of_log(0x1000, pages * PAGE, PAGE, bitmap))
+    step = MAX_PAYLOAD * 8 * PAGE
+    assert [(at, length) for at, length, _ in pieces] == [
+        (0x1000, step),
+        (0x1000 + step, step),
+        (0x1000 + 2 * step, pages * PAGE - 2 * step),
+    ]
+    assert b"".join(piece for _, _, piece in pieces) == bitmap
 
 
 async def test_what_is_kept_without_payloads(path: Path) -> None:
@@ -693,6 +709,8 @@ async def test_a_record_that_is_damaged_on_the_way(path: Path) -> None:
         await access.write(CONTROL, NATURAL.device_state, struct.pack("<I", State.RUNNING))
         with pytest.raises(DeviceBroken, match="can't be replayed any further: event 7 .* is damaged|makes no sense"):
             await into(access, MEMORY, 0, 3 * PAGE)
+        with pytest.raises(DeviceBroken, match="can't be replayed any further"):
+            await access.reset()
 
 
 async def test_a_killed_recorder(path: Path) -> None:

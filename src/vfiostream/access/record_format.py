@@ -444,7 +444,7 @@ _WORDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
 }
 
 _SHOWN = 16
-"""Bytes that are shown of what a call transferred."""
+"""Bytes that are shown of what a call transferred; and ranges."""
 
 
 def _shown(bulk: Bulk) -> str:
@@ -459,7 +459,8 @@ def _hex(data: Buffer) -> str:
 
 
 def _ranges(ranges: list[list[int]]) -> str:
-    return ", ".join(f"{iova:#x}+{length:#x}" for iova, length in ranges)
+    more = ", ..." if len(ranges) > _SHOWN else ""
+    return ", ".join(f"{iova:#x}+{length:#x}" for iova, length in ranges[:_SHOWN]) + more
 
 
 def describe_answer(answer: Answer | None) -> str:

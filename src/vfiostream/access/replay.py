@@ -59,14 +59,13 @@ def open_record(path: Path) -> BinaryIO:
     """Open the file of a record; raises :class:`~vfiostream.errors.UsageError` where that can't be done."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for its writer
-        file = os.fdopen(fd, "rb", buffering=1 << 20)
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            file.close()
-            raise UsageError(f"{path} is no file, so no record either; give one that was made with --record")
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise UsageError(f"the record {path} can't be opened: {why}") from error
-    return file
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise UsageError(f"{path} is no file, so no record either; give one that was made with --record")
+    return os.fdopen(fd, "rb", buffering=1 << 20)
 
 
 def open_replay(path: Path) -> ReplayAccess:
@@ -96,6 +95,7 @@ class _Tape:
         self._done = 0
         """Bytes of the event that were transferred already."""
         self._recorded_name = ""
+        self._damage: Exception | None = None
         self._unread: dict[int, deque[Bulk]] = {}
         """Of the data of each migration, what was read earlier when it was recorded."""
 
@@ -192,10 +192,13 @@ class _Tape:
     def _next(self) -> Event | None:
         """The event that comes next; it stays that until :meth:`_answer`."""
         while self._event is None or self._event.call.what in _UNASKED:
-            try:
-                self._event = self._reader.next()
-            except (OSError, ValueError) as error:
-                raise DeviceBroken(f"{self.name} can't be replayed any further: {error}") from error
+            if self._damage is None:
+                try:
+                    self._event = self._reader.next()
+                except (OSError, ValueError) as error:
+                    self._damage = error
+            if self._damage is not None:
+                raise DeviceBroken(f"{self.name} can't be replayed any further: {self._damage}") from self._damage
             if self._event is None:
                 return None
             self._number = self._event.call.number
