@@ -112,6 +112,13 @@ class Access(Closing):
 
     info: DeviceInfo
 
+    @property
+    def caveat(self) -> str | None:
+        """What has to be said with every result that comes of it, in one sentence: that its answers are not a device's
+        own, for one. It may come up while the access is used.
+        """
+        return None
+
     @abstractmethod
     async def region_info(self, index: int) -> RegionInfo:
         """Describe region ``index`` (0 to ``info.num_regions`` - 1)."""

@@ -25,6 +25,7 @@ COMMANDS = {
     "inspect": ("vfiostream.cli.checkpoint", "Say what is in a checkpoint, without checking all of it."),
     "verify": ("vfiostream.cli.checkpoint", "Check every byte of a checkpoint."),
     "check": ("vfiostream.cli.check", "Say whether DEVICE can move, and whether it can go THERE; moves nothing."),
+    "record": ("vfiostream.cli.record", "Look at what --record wrote."),
     "bench": (
         "vfiostream.cli.bench",
         "Measure what this machine and a link do to a migration, without a device.",
@@ -71,7 +72,7 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
 def vfiostream() -> None:
     """Move the state of a VFIO device between hosts while it runs, or into a file and back.
 
-    DEVICE is vfio-user:SOCKET. DESTINATION and SOURCE are tcp:HOST:PORT or unix:PATH; a checkpoint is
+    DEVICE is vfio-user:SOCKET, or replay:FILE. DESTINATION and SOURCE are tcp:HOST:PORT or unix:PATH; a checkpoint is
     file:PATH. Sizes and rates take KiB, MiB and GiB, times ms and s.
 
     Exit codes: 0 done; 1 failed, the source runs; 2 usage; 4 verification failed; 5 not compatible; 6 did not

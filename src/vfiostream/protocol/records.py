@@ -1,7 +1,7 @@
 """The records of the stream, and their headers as msgpack (``docs/format.md``, "Records").
 
 Each record is validated when it is made, here and from the wire alike: a ValueError says what is wrong with it, and
-:func:`decode` turns that into a StreamError. The only module that knows msgpack.
+:func:`decode` turns that into a StreamError.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from enum import IntEnum
 from itertools import pairwise
 from typing import Any, ClassVar, TypeAlias, get_args
 
-import msgpack
-
 from vfiostream.buffers import Buffer
 from vfiostream.errors import StreamError
+from vfiostream.packing import pack, unpack
 from vfiostream.protocol import limits
 
 
@@ -445,8 +444,7 @@ CONTENT: dict[int, tuple[int, int]] = {
 
 def encode(record: Record) -> bytes:
     """The record's header. Its stream number is not in it: that is the prefix's."""
-    header: bytes = msgpack.packb(_plain(record))
-    return header
+    return pack(_plain(record))
 
 
 def _plain(value: Any) -> Any:
@@ -476,17 +474,7 @@ def decode(type_: int, stream: int, sequence: int, header: Buffer) -> Record:
     if streamed != (stream != 0):
         raise StreamError(name_of(type_, sequence), f"can't be on stream {stream}")
     try:
-        values = msgpack.unpackb(
-            header,
-            raw=False,
-            strict_map_key=True,
-            object_pairs_hook=_unique,
-            max_str_len=limits.MAX_TEXT,
-            max_bin_len=16,
-            max_array_len=limits.MAX_RANGES,
-            max_map_len=16,
-            max_ext_len=0,
-        )
+        values = unpack(header, text=limits.MAX_TEXT, binary=16, items=limits.MAX_RANGES, keys=16)
         _expect(cls, values)
         if cls is Hello or cls is Welcome:
             values["features"] = tuple(_list(values["features"]))
@@ -495,16 +483,8 @@ def decode(type_: int, stream: int, sequence: int, header: Buffer) -> Record:
             values["ranges"] = tuple(_entry(RangeEntry, entry) for entry in _list(values["ranges"]))
         made: Record = cls(stream=stream, **values) if streamed else cls(**values)
         return made
-    except (ValueError, msgpack.exceptions.UnpackException) as error:
-        # msgpack's FormatError, StackError and ExtraData are ValueErrors, OutOfData is an UnpackException.
+    except ValueError as error:
         raise StreamError(name_of(type_, sequence), f"has a bad header: {error}") from error
-
-
-def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        raise ValueError("a key stands twice")
-    return made
 
 
 def _expect(cls: type[Any], values: Any) -> None:
