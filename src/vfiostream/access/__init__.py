@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from vfiostream.access.record import Recording
 
 
-SCHEMES = ("vfio-user", "replay")
+SCHEMES = ("vfio-user", "vfio", "replay")
 """What addresses of devices begin with."""
 
 
@@ -22,8 +22,9 @@ def is_address(text: str) -> bool:
 
 
 async def open_access(address: str, *, timeout: float = 60.0, recording: Recording | None = None) -> Access:
-    """Open the device at ``address``: ``vfio-user:SOCKET``, with the path of the socket its process listens on, or
-    ``replay:FILE``, with a record of one.
+    """Open the device at ``address``: ``vfio-user:SOCKET``, with the path of the socket its process listens on;
+    ``vfio:`` and one of the kernel's, as :mod:`vfiostream.access.kernel_open` has them; or ``replay:FILE``, with a
+    record of one.
 
     ``timeout`` is how many seconds the device may take for one operation. With ``recording``, what it is asked and
     what it answers is written to a new file (:mod:`vfiostream.access.record`). Raises
@@ -40,8 +41,15 @@ async def open_access(address: str, *, timeout: float = 60.0, recording: Recordi
         from vfiostream.access import vfio_user
 
         return await vfio_user.connect(rest, timeout=timeout)
+    if scheme == "vfio" and rest:
+        from vfiostream.access import kernel
+
+        return await kernel.connect(rest, timeout=timeout)
     if scheme == "replay" and rest:
         from vfiostream.access.replay import open_replay
 
         return open_replay(Path(rest))
-    raise UsageError(f"{address!r} is not the address of a device; write vfio-user:SOCKET, with the path of its socket")
+    raise UsageError(
+        f"{address!r} is not the address of a device; write vfio-user:SOCKET, with the path of its socket, or vfio: "
+        "and a device of the kernel's, which `vfiostream devices` lists, or replay:FILE, with a record of one"
+    )

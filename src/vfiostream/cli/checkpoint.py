@@ -51,8 +51,8 @@ def save(
 ) -> Exit:
     """Write a checkpoint of DEVICE, which runs on.
 
-    DEVICE is vfio-user:SOCKET or replay:FILE, and FILE is file:PATH. The device is stopped only while the last of
-    its state is read. The file has its name only when it is whole and durable.
+    DEVICE is vfio-user:SOCKET, vfio:NAME or replay:FILE, and FILE is file:PATH. The device is stopped only while the
+    last of its state is read. The file has its name only when it is whole and durable.
     """
 
     ((_, recording),) = recordings.of(device)
@@ -90,7 +90,7 @@ def restore(
 ) -> Exit:
     """Load a checkpoint into DEVICE, and let it run.
 
-    FILE is file:PATH, and DEVICE vfio-user:SOCKET or replay:FILE. The guest memory must have the ranges of the
+    FILE is file:PATH, and DEVICE vfio-user:SOCKET, vfio:NAME or replay:FILE. The guest memory must have the ranges of the
     checkpoint. The device runs only when the whole file has been loaded and checked.
     """
 
