@@ -106,7 +106,7 @@ STRIKES = ("refused", "refused when done", "no answer", "no answer when done", "
 
 class Striking(Between):
     """Lets the ``n``-th call from now on go wrong, for each ``n`` in :attr:`plan`: refused, not answered or cancelled,
-    either before the device got it or when it was done.
+    either before the device got it or when it was done; or refused by a driver that has broken down.
     """
 
     def __init__(self, access: Access) -> None:
@@ -115,6 +115,8 @@ class Striking(Between):
         self.count = 0
         self.struck: list[str] = []
         """What went wrong so far."""
+        self.break_down: Callable[[], None] = lambda: None
+        """What breaks the driver."""
         self.scope: anyio.CancelScope
         """What a cancellation cancels."""
 
@@ -127,12 +129,14 @@ class Striking(Between):
         if how is None:
             return await call()
         self.struck.append(f"{name} {how}")
+        if how == "broken":
+            self.break_down()
         if how.endswith("when done"):
             await call()
         if how.startswith("cancelled"):
             self.scope.cancel()
             await anyio.lowlevel.checkpoint()
             raise AssertionError("a device shields none of its calls")
-        if how.startswith("refused"):
+        if how in ("refused", "refused when done", "broken"):
             raise DeviceRefused(self.name, name, errno.EIO)
         raise DeviceTimeout(f"{self.name}: no answer to {name}")

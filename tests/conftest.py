@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-for suite in ("access_contract", "device_contract", "transport_contract", "movers", "interference"):
+for suite in ("access_contract", "between", "device_contract", "transport_contract", "movers", "interference"):
     pytest.register_assert_rewrite(f"tests.{suite}")
 
 

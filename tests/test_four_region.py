@@ -5,10 +5,8 @@ from __future__ import annotations
 import errno
 import logging
 import struct
-import tempfile
-import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +15,25 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from tests.device_contract import IOVA, PAGE, DeviceContract, Opener, drain, driver, drivers, guest_memory, load, save
+from tests.between import Between
+from tests.device_contract import (
+    IOVA,
+    PAGE,
+    Opener,
+    SizedContract,
+    drain,
+    driver,
+    drivers,
+    guest_memory,
+    halt,
+    in_process,
+    load,
+    over_vfio_user,
+    save,
+    served,
+    state,
+    take_round,
+)
 from vfiostream.access import vfio_user
 from vfiostream.access.contract import Access, MappedArea, RegionInfo
 from vfiostream.buffers import Buffer
@@ -37,7 +53,6 @@ from vfiostream.errors import (
 from vfiostream.uapi.four_region import NATURAL, PACKED, State
 from vfiostream.vendor.device import ReferenceDevice
 from vfiostream.vendor.inprocess import InProcessAccess
-from vfiostream.vendor.server import Server
 from vfiostream.vendor.settings import Fault, Operation
 
 pytestmark = pytest.mark.anyio
@@ -46,8 +61,12 @@ CONTROL, CONFIG, MEMORY, BITMAP, VERSION = 9, 10, 11, 12, 13
 ORDERS: tuple[Order, ...] = ("session", "posted")
 
 
-class FourRegionContract(DeviceContract):
+class FourRegionContract(SizedContract):
     interface = "four-region"
+
+    @pytest.mark.parametrize("layout", ["natural", "packed"])
+    async def test_everything_moves_with_either_layout(self, opened: Opener, layout: str) -> None:
+        await self.check_move(opened, source={"layout": layout}, target={"layout": layout})
 
     async def test_it_describes_its_config_and_version(self, opened: Opener) -> None:
         with driver(version_string="version one") as one:
@@ -211,14 +230,20 @@ async def listening(
         yield device, access
 
 
+async def next_of(device: Device, most: int) -> memoryview:
+    """The next bytes, which lie in memory."""
+    piece = await device.next(most)
+    assert piece is not None
+    return piece
+
+
 async def test_the_position_advances_with_each_chunk_that_is_read() -> None:
     """The save loop of the posted patches never moved it (line 1487 of the thread)."""
     with driver() as one:
         async with listening(one) as (source, access):
             await source.start_precopy()
-            size = await source.capture()
+            [(size, _)] = await take_round(source, cuts=(3 * PAGE,))
             assert size == 49 * PAGE
-            await drain(source, size, cuts=(3 * PAGE,))
             expected = [
                 step
                 for chunk in range(7)
@@ -262,8 +287,8 @@ async def test_the_session_order(memory: int) -> None:
             assert access.states() == [State.RUNNING, State.RUNNING_LOGGING]
             access.heard.clear()
             if memory:
-                await drain(source, await source.capture())
-            await source.stop()
+                await take_round(source)
+            await halt(source)
             await source.release()
             assert access.states() == [State.STOP_LOGGING, State.STOP]
 
@@ -278,14 +303,17 @@ async def test_the_posted_order() -> None:
             access.heard.clear()
 
             await source.start_precopy()
+            await source.begin_round()
             size = await source.capture()
             while size:
-                size -= len(await source.next(size))
+                size -= len(await next_of(source, size))
             assert access.states() == [State.RUNNING]  # the last bytes may still be looked at
             assert not await source.next(1)
+            assert access.states() == [State.RUNNING]
+            assert await source.capture() == 0
             assert access.states() == [State.RUNNING, State.RUNNING_LOGGING]
-            await drain(source, await source.capture())
-            await source.stop()
+            await take_round(source)
+            await halt(source)
             assert access.states()[2:] == [State.STOP_LOGGING]
             await source.resume()
             assert access.states()[3:] == [State.RUNNING]
@@ -302,15 +330,16 @@ async def test_the_posted_order_stopped_before_the_first_capture_is_read() -> No
     with drivers({}, {}) as (one, other):
         async with listening(one, "posted") as (source, access), listening(other) as (target, _):
             await source.start_precopy()
+            await source.begin_round()
             size = await source.capture()
             await target.start_load()
-            into = bytes(await source.next(9 * PAGE))
-            await source.stop()
+            into = bytes(await next_of(source, 9 * PAGE))
+            await halt(source)
             into += await drain(source, size - len(into))
             assert access.states() == [State.RUNNING, State.STOP_LOGGING]
             await target.begin_capture(size)
             await target.write(into)
-            assert await source.capture() == 0
+            assert await take_round(source) == []
             config = await drain(source, await source.capture_config())
             await target.begin_config(len(config))
             await target.write(config)
@@ -321,6 +350,7 @@ async def test_a_driver_forgets_a_capture_that_was_made_outside_logging() -> Non
     with driver() as one:
         async with listening(one, "posted") as (source, access):
             await source.start_precopy()
+            await source.begin_round()
             await source.capture()
             await source.resume()
             assert access.states() == [State.RUNNING, State.RUNNING_LOGGING, State.RUNNING]
@@ -332,6 +362,7 @@ async def test_a_device_runs_on_even_if_its_driver_does_not_forget() -> None:
     with driver(faults=(Fault(Operation.SET_STATE, 2, errno.EIO),)) as one:
         async with listening(one, "posted") as (source, access):
             await source.start_precopy()
+            await source.begin_round()
             await source.capture()
             with pytest.raises(DeviceRefused, match="RUNNING_LOGGING"):
                 await source.resume()
@@ -401,7 +432,7 @@ async def test_a_config_size_that_can_not_be_is_not_believed(size: int) -> None:
         access = Wrong(InProcessAccess(one))
         async with await FourRegionDevice.open(access) as source:
             await source.start_precopy()
-            await source.stop()
+            await halt(source)
             access.wrong = True
             with pytest.raises(DeviceBroken, match=str(size)):
                 await source.capture_config()
@@ -480,7 +511,7 @@ async def test_a_source_cancelled_at_any_access_runs_on(order: Order, when: str)
                     access.scope = scope
                     await save(source, one, rounds=1)
                 await source.resume()
-                assert one.state is State.RUNNING
+                assert state(one) == State.RUNNING
                 if not scope.cancelled_caught:
                     break
             async with await FourRegionDevice.open(InProcessAccess(one)) as source:
@@ -509,11 +540,11 @@ async def test_a_target_cancelled_at_any_access_is_abandoned(when: str) -> None:
                 if not scope.cancelled_caught:
                     break
                 await target.abandon()
-                assert other.state is State.STOP
+                assert state(other) == State.STOP
         else:
             raise AssertionError("it never came to its end")
         assert n > 12
-        assert (other.state, other.digest()) == (State.RUNNING, one.digest())
+        assert (state(other), other.digest()) == (State.RUNNING, one.digest())
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6, 7, 11])
@@ -527,7 +558,7 @@ async def test_a_source_cancelled_while_it_waits_for_the_server_runs_on(n: int) 
                 await save(source, one, rounds=1)
             assert scope.cancel_called
             await source.resume()
-            assert one.state is State.RUNNING
+            assert state(one) == State.RUNNING
 
 
 # ---- finding the interface
@@ -714,9 +745,10 @@ async def test_a_refused_data_region_is_named(mmap: str) -> None:
     with driver(mmap=mmap) as one:
         async with await FourRegionDevice.open(Refusing(InProcessAccess(one))) as source:
             await source.start_precopy()
+            await source.begin_round()
             await source.capture()
             with pytest.raises(DeviceRefused, match="of its memory region at 0"):
-                await source.next(PAGE)
+                await source.read(memoryview(bytearray(PAGE)))
             await source.resume()
 
 
@@ -725,6 +757,7 @@ async def test_a_device_that_goes_away_is_told_apart(fault: Literal["hang", "exi
     with driver(faults=(Fault(Operation.GET_MEMORY, 1, fault),)) as one:
         async with await FourRegionDevice.open(InProcessAccess(one)) as source:
             await source.start_precopy()
+            await source.begin_round()
             await source.capture()
             with pytest.raises(error):
                 await source.next(PAGE)

@@ -291,7 +291,14 @@ def test_a_fault_leaves_a_state_on_the_way() -> None:
 
 
 @pytest.mark.parametrize(
-    "fault", ["running-p2p-to-stop:1:error", "stop-to-resuming:1:error", "data-write:1:error", "data-read:1:error"]
+    "fault",
+    [
+        "running-p2p-to-stop:1:error",
+        "stop-to-resuming:1:error",
+        "data-write:1:error",
+        "data-read:1:error",
+        "stop-log:1:error",
+    ],
 )
 def test_the_error_state_is_left_by_reset_alone(fault: str) -> None:
     with machine(faults=(parse_fault(fault),), dirty_rate=1 << 26) as one:
@@ -303,6 +310,9 @@ def test_the_error_state_is_left_by_reset_alone(fault: str) -> None:
             one.go(RESUMING)
             with refused(errno.EIO):
                 one.driver.write_data(b"x")
+        elif fault.startswith("stop-log"):
+            with refused(errno.EIO):
+                one.driver.feature(SET | Feature.DMA_LOGGING_STOP, b"")
         else:
             with refused(errno.EIO):
                 one.go(RESUMING)

@@ -7,6 +7,7 @@ are the kernel's (``drivers/vfio/vfio_main.c``), and vfio-user's where they diff
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 
 from vfiostream._accel import bitmap_runs
 from vfiostream.uapi.four_region import PAGE_SIZE
@@ -34,8 +35,10 @@ _WORD = 64
 class DmaLog:
     """The log, not running at first."""
 
-    def __init__(self, hardware: Hardware) -> None:
+    def __init__(self, hardware: Hardware, strike: Callable[[Operation], None]) -> None:
+        """``strike`` lets operations fail, :meth:`.driver.Driver.strike`."""
         self._hardware = hardware
+        self._strike = strike
         self._ranges: tuple[range, ...] | None = None
         """Addresses that are logged; None while no log runs."""
 
@@ -43,7 +46,7 @@ class DmaLog:
         """DMA_LOGGING_START; returns ``data`` with the page size that is logged. Raises OSError: EINVAL for what makes
         no sense, E2BIG for too many ranges, EBUSY while a log runs.
         """
-        self._hardware.faults.strike(Operation.START_LOG)
+        self._strike(Operation.START_LOG)
         if len(data) < FEATURE_DMA_LOGGING.size:
             raise OSError(errno.EINVAL, f"DMA_LOGGING_START has {len(data)} bytes")
         page_size, count, reserved = FEATURE_DMA_LOGGING.unpack_from(data)
@@ -73,7 +76,7 @@ class DmaLog:
 
     def stop(self) -> None:
         """DMA_LOGGING_STOP; nothing where no log runs."""
-        self._hardware.faults.strike(Operation.STOP_LOG)
+        self._strike(Operation.STOP_LOG)
         self.forget()
 
     def forget(self) -> None:
@@ -84,7 +87,7 @@ class DmaLog:
 
     def report(self, data: bytes) -> bytes:
         """DMA_LOGGING_REPORT; returns ``data`` with the bitmap behind it, which is cleared. Raises OSError, EINVAL."""
-        self._hardware.faults.strike(Operation.REPORT)
+        self._strike(Operation.REPORT)
         if len(data) != FEATURE_DMA_LOGGING_REPORT.size:
             raise OSError(errno.EINVAL, f"DMA_LOGGING_REPORT has {len(data)} bytes")
         iova, length, page_size = FEATURE_DMA_LOGGING_REPORT.unpack(data)

@@ -11,8 +11,10 @@ from abc import ABC, abstractmethod
 
 from vfiostream.buffers import Buffer
 from vfiostream.uapi.vfio import FEATURE_MASK, Feature, FeatureOperation
+from vfiostream.vendor.faults import Broken
 from vfiostream.vendor.hardware import Hardware
 from vfiostream.vendor.regions import Region
+from vfiostream.vendor.settings import Operation
 
 _GET, _SET, _PROBE = (int(one) for one in (FeatureOperation.GET, FeatureOperation.SET, FeatureOperation.PROBE))
 """Plain numbers: the inverse of a flag has no bits but those of its class, and a client sends what it likes."""
@@ -51,6 +53,20 @@ class Driver(ABC):
     @abstractmethod
     def client_gone(self) -> None:
         """The client went away; its guest memory was unmapped."""
+
+    def strike(self, operation: Operation) -> None:
+        """Let ``operation`` fail, if it is to; see :class:`~.faults.FaultPlan`."""
+        try:
+            self.hardware.faults.strike(operation)
+        except Broken:
+            with self.hardware.lock:
+                self.hardware.workload.run(False)
+                self.break_down()
+            raise
+
+    @abstractmethod
+    def break_down(self) -> None:
+        """Go to the error state: the device does nothing any more until it is reset."""
 
     def close(self) -> None:
         for region in self.regions:

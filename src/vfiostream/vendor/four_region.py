@@ -100,25 +100,28 @@ class FourRegionDriver(Driver):
     def client_gone(self) -> None:
         pass  # what it has begun goes on, as if the client were slow
 
+    def break_down(self) -> None:
+        raise NotImplementedError  # there is no such state, and settings have no such fault
+
     # ---- control region
 
     def _read_control(self, offset: int, count: int) -> bytes:
         fields = self.layout
         if count == 4:
             if offset == fields.version:
-                self.hardware.faults.strike(Operation.GET_VERSION)
+                self.strike(Operation.GET_VERSION)
                 return _U32.pack(INTERFACE_VERSION)
             if offset == fields.caps:
-                self.hardware.faults.strike(Operation.GET_CAPS)
+                self.strike(Operation.GET_CAPS)
                 return _U32.pack(self.caps)
             if offset in (fields.device_state, fields.config_action, fields.memory_action):
                 return bytes(4)
         if count == 8:
             if offset == fields.config_size:
-                self.hardware.faults.strike(Operation.GET_CONFIG_SIZE)
+                self.strike(Operation.GET_CONFIG_SIZE)
                 return _U64.pack(CONFIG_HEADER.size + self.hardware.config_size)
             if offset == fields.memory_size:
-                self.hardware.faults.strike(Operation.GET_MEMORY_SIZE)
+                self.strike(Operation.GET_MEMORY_SIZE)
                 return _U64.pack(self._capture())
             if offset in (fields.memory_pos, fields.start_addr, fields.page_nr):
                 return bytes(8)
@@ -129,7 +132,7 @@ class FourRegionDriver(Driver):
         if len(data) == 4:
             (value,) = _U32.unpack(data)
             if offset == fields.device_state:
-                self.hardware.faults.strike(Operation.SET_STATE)
+                self.strike(Operation.SET_STATE)
                 return self._set_state(value)
             if offset == fields.config_action:
                 return self._act_on_config(value)
@@ -138,10 +141,10 @@ class FourRegionDriver(Driver):
         if len(data) == 8:
             (value,) = _U64.unpack(data)
             if offset == fields.config_size:
-                self.hardware.faults.strike(Operation.SET_CONFIG_SIZE)
+                self.strike(Operation.SET_CONFIG_SIZE)
                 return self._set_config_size(value)
             if offset == fields.memory_size:
-                self.hardware.faults.strike(Operation.SET_MEMORY_SIZE)
+                self.strike(Operation.SET_MEMORY_SIZE)
                 return self._set_memory_size(value)
             if offset == fields.memory_pos:
                 self._require(Caps.DEVICE_MEMORY)
@@ -195,7 +198,7 @@ class FourRegionDriver(Driver):
         return size
 
     def _get_bitmap(self, start: int, pages: int) -> None:
-        self.hardware.faults.strike(Operation.GET_BITMAP)
+        self.strike(Operation.GET_BITMAP)
         self._require(Caps.SYSTEM_MEMORY)
         region = self._bitmap_region
         assert region.view is not None
@@ -216,13 +219,13 @@ class FourRegionDriver(Driver):
         region = self._config_region
         assert region.view is not None
         if action == Action.GET_BUFFER:
-            self.hardware.faults.strike(Operation.GET_CONFIG)
+            self.strike(Operation.GET_CONFIG)
             saving = self.hardware.saving
             with self.hardware.lock:
                 snapshot = pack_config(saving.nonce, saving.captures, self.hardware.content())
             region.view[: len(snapshot)] = snapshot
         elif action == Action.SET_BUFFER:
-            self.hardware.faults.strike(Operation.SET_CONFIG)
+            self.strike(Operation.SET_CONFIG)
             self._require_stop()
             if self._config_size is None:
                 raise OSError(errno.EINVAL, "the size of the config was not set")
@@ -238,12 +241,12 @@ class FourRegionDriver(Driver):
         region = self._memory_region
         assert region.view is not None
         if action == Action.GET_BUFFER:
-            self.hardware.faults.strike(Operation.GET_MEMORY)
+            self.strike(Operation.GET_MEMORY)
             self.hardware.take_time(self.settings.chunk_time)
             with self.hardware.lock:
                 self.hardware.saving.fetch(self._memory_pos, region.view)
         elif action == Action.SET_BUFFER:
-            self.hardware.faults.strike(Operation.SET_MEMORY)
+            self.strike(Operation.SET_MEMORY)
             self._require_stop()
             if self._load is None:
                 raise OSError(errno.EINVAL, "the size of the memory was not set")

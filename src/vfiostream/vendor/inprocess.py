@@ -42,10 +42,12 @@ class InProcessAccess(Access):
         self.info = DeviceInfo(is_pci=True, can_reset=True, num_regions=len(device.regions), num_irqs=NUM_IRQS)
         self._device = device
         self._lost: str | None = None
+        self._logging = False
         self._mapped: dict[int, list[MappedArea]] = {}
 
     async def _check(self) -> None:
-        await anyio.lowlevel.checkpoint()
+        # Nothing is waited for here: a turn of the loop for each register would take longer than copying 64 KiB.
+        await anyio.lowlevel.checkpoint_if_cancelled()
         if self._lost is not None:
             raise DeviceLost(f"{self.name}: the device is gone ({self._lost}); open it again")
 
@@ -131,9 +133,11 @@ class InProcessAccess(Access):
         return True
 
     async def start_dma_log(self, page_size: int, ranges: Sequence[tuple[int, int]]) -> None:
-        await self.stop_dma_log()
+        with contextlib.suppress(DeviceRefused):  # there is none, or starting says what is wrong
+            await self._stop_dma_log()
         table = b"".join(DMA_LOGGING_RANGE.pack(*one) for one in ranges)
         data = FEATURE_DMA_LOGGING.pack(page_size, len(ranges), 0) + table
+        self._logging = True
         await self.feature(FeatureOperation.SET, Feature.DMA_LOGGING_START, data)
 
     async def read_dma_log(self, iova: int, length: int, page_size: int, bitmap: memoryview) -> None:
@@ -142,7 +146,12 @@ class InProcessAccess(Access):
         bitmap_merge(bitmap, memoryview(answer)[len(head) :])
 
     async def stop_dma_log(self) -> None:
+        if self._logging:
+            await self._stop_dma_log()
+
+    async def _stop_dma_log(self) -> None:
         await self.feature(FeatureOperation.SET, Feature.DMA_LOGGING_STOP)
+        self._logging = False
 
     async def aclose(self) -> None:
         self._lost = "the access was closed"

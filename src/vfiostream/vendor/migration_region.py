@@ -27,7 +27,6 @@ from vfiostream.uapi.four_region import PAGE_SIZE
 from vfiostream.uapi.vfio import REGION_SUBTYPE_MIGRATION, REGION_TYPE_MIGRATION, Feature, RegionState
 from vfiostream.vendor.dma_log import FEATURES, DmaLog
 from vfiostream.vendor.driver import Driver
-from vfiostream.vendor.faults import Broken
 from vfiostream.vendor.hardware import Hardware
 from vfiostream.vendor.regions import mappable_areas, staging_region
 from vfiostream.vendor.settings import Operation
@@ -64,7 +63,7 @@ class MigrationRegionDriver(Driver):
         self._area = region.view[DATA_OFFSET:]
         if self.settings.dirty_tracking:
             self.features = dict(FEATURES)
-        self._log = DmaLog(hardware)
+        self._log = DmaLog(hardware, self.strike)
         self._state = RUNNING
         self._outgoing: Outgoing | None = None
         self._incoming: Incoming | None = None
@@ -82,6 +81,10 @@ class MigrationRegionDriver(Driver):
 
     def client_gone(self) -> None:
         self._log.forget()
+
+    def break_down(self) -> None:
+        self._state = ERROR
+        self._outgoing = self._incoming = self._prepared = None
 
     def close(self) -> None:
         self._area.release()
@@ -132,7 +135,7 @@ class MigrationRegionDriver(Driver):
             raise OSError(errno.EINVAL, "the device is in its error state, which reset alone ends")
         if before == STOP_COPY and state == PRE_COPY:
             raise OSError(errno.EINVAL, "stop-and-copy does not go back to pre-copy")
-        self._strike(Operation.SET_STATE)
+        self.strike(Operation.SET_STATE)
         if state == before:
             return
         self.hardware.take_time(self.settings.state_time)
@@ -152,20 +155,10 @@ class MigrationRegionDriver(Driver):
             self._state = state
         logger.debug("device state %d -> %d", before, state)
 
-    def _strike(self, operation: Operation) -> None:
-        try:
-            self.hardware.faults.strike(operation)
-        except Broken:
-            with self.hardware.lock:
-                self.hardware.workload.run(False)
-                self._state = ERROR
-                self._outgoing = self._incoming = self._prepared = None
-            raise
-
     # ---- save
 
     def _pending(self) -> int:
-        self._strike(Operation.GET_PENDING)
+        self.strike(Operation.GET_PENDING)
         if self._outgoing is None:
             return 0
         self._prepared = None
@@ -173,7 +166,7 @@ class MigrationRegionDriver(Driver):
 
     def _data_offset(self) -> int:
         if self._outgoing is not None and self._prepared is None:
-            self._strike(Operation.DATA_READ)
+            self.strike(Operation.DATA_READ)
             self._prepared = self._outgoing.read(self._area, last=self._state == STOP_COPY)
         return DATA_OFFSET
 
@@ -184,5 +177,5 @@ class MigrationRegionDriver(Driver):
             raise OSError(errno.EINVAL, f"no data is taken in state {int(self._state)}")
         if size > len(self._area):
             raise OSError(errno.EINVAL, f"{size} bytes are more than the {len(self._area)} of the data area")
-        self._strike(Operation.DATA_WRITE)
+        self.strike(Operation.DATA_WRITE)
         self._incoming.write(self._area[:size])

@@ -28,7 +28,6 @@ from vfiostream.uapi.vfio import (
 from vfiostream.vendor.capture import CONFIG_HEADER, largest_capture
 from vfiostream.vendor.dma_log import FEATURES, DmaLog
 from vfiostream.vendor.driver import Driver
-from vfiostream.vendor.faults import Broken
 from vfiostream.vendor.hardware import Hardware
 from vfiostream.vendor.settings import Operation
 from vfiostream.vendor.states import (
@@ -66,7 +65,7 @@ class MigrationStatesDriver(Driver):
             self.features[Feature.MIG_PRECOPY_INFO_V2] = set_
         if self.settings.dirty_tracking:
             self.features |= FEATURES
-        self._log = DmaLog(hardware)
+        self._log = DmaLog(hardware, self.strike)
         self._state = RUNNING
         self._outgoing: Outgoing | None = None
         self._incoming: Incoming | None = None
@@ -87,6 +86,10 @@ class MigrationStatesDriver(Driver):
     def client_gone(self) -> None:
         self._log.forget()
         self._opted_in = False
+
+    def break_down(self) -> None:
+        self._state = MigrationState.ERROR
+        self._outgoing = self._incoming = None
 
     # ---- features
 
@@ -136,7 +139,7 @@ class MigrationStatesDriver(Driver):
     def _go(self, state: MigrationState) -> bool:
         """Go along one arc; returns whether that opened a stream of data."""
         before = self._state
-        self._strike(Operation(f"{_text(before)}-to-{_text(state)}"))
+        self.strike(Operation(f"{_text(before)}-to-{_text(state)}"))
         self.hardware.take_time(self.settings.state_time)
         if before is RESUMING:
             assert self._incoming is not None
@@ -157,18 +160,12 @@ class MigrationStatesDriver(Driver):
         logger.debug("migration state %s -> %s", before.name, state.name)
         return opened
 
-    def _break(self) -> None:
-        with self.hardware.lock:
-            self.hardware.workload.run(False)
-            self._state = MigrationState.ERROR
-            self._outgoing = self._incoming = None
-
     # ---- data
 
     def read_data(self, into: memoryview) -> int:
         if self._outgoing is None:
             raise OSError(errno.EINVAL, f"in {self._state.name} there is no data to read")
-        self._strike(Operation.DATA_READ)
+        self.strike(Operation.DATA_READ)
         if self._state is STOP_COPY:
             return self._outgoing.read(into, last=True)
         at_end = self._outgoing.between_captures and not self._end_told
@@ -181,7 +178,7 @@ class MigrationStatesDriver(Driver):
     def write_data(self, data: Buffer) -> None:
         if self._incoming is None:
             raise OSError(errno.EINVAL, f"in {self._state.name} no data is taken")
-        self._strike(Operation.DATA_WRITE)
+        self.strike(Operation.DATA_WRITE)
         self._incoming.write(data)
 
     def precopy_info(self) -> tuple[bool, int, int]:
@@ -189,13 +186,6 @@ class MigrationStatesDriver(Driver):
             raise OSError(errno.EINVAL, f"in {self._state.name} nothing is said of what is to come")
         again = self._opted_in and self._outgoing.begin_again()
         return (again, *self._outgoing.left())
-
-    def _strike(self, operation: Operation) -> None:
-        try:
-            self.hardware.faults.strike(operation)
-        except Broken:
-            self._break()
-            raise
 
 
 def _text(state: MigrationState) -> str:
