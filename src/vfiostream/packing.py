@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import msgpack
 
 from vfiostream.buffers import Buffer
 
-
-def pack(value: Any) -> bytes:
-    """``value`` as msgpack."""
-    packed: bytes = msgpack.packb(value)
-    return packed
+pack: Callable[[Any], bytes] = msgpack.packb
+"""A value as msgpack."""
 
 
 def unpack(data: Buffer, *, text: int, binary: int, items: int, keys: int) -> Any:
@@ -37,25 +35,23 @@ def unpack(data: Buffer, *, text: int, binary: int, items: int, keys: int) -> An
         raise ValueError(str(error)) from error
 
 
-def unpack_flat(data: Buffer, *, keys: int) -> Any:
-    """As :func:`unpack`, for a map of at most ``keys`` keys that holds numbers and texts only, which is for whoever
-    asks to check: something else in it may come back as it is. For ``data`` whose size has a limit, as that bounds what
-    is allocated. A map of up to 15 keys tells their number in its first byte, so no call for each is needed to find one
-    that stands twice: for the header of a frame that is half of the time.
+def is_short_map(data: Buffer) -> bool:
+    """Whether ``data`` begins a fixmap, which has the number of its keys, up to 15, in its first byte."""
+    return len(data) > 0 and data[0] & 0xF0 == 0x80
+
+
+def unpack_short(data: Buffer) -> Any:
+    """Unpack the one short map that ``data`` is, in which no other is expected: as :func:`unpack`, but what it holds is
+    bounded by the length of ``data`` alone. With the number of keys told, no call for each is needed to find one that
+    stands twice.
     """
-    if not len(data) or data[0] & 0xF0 != _SHORT_MAP:
-        return unpack(data, text=len(data), binary=len(data), items=len(data), keys=keys)
     try:
         values = msgpack.unpackb(data)
     except msgpack.exceptions.UnpackException as error:
         raise ValueError(str(error)) from error
-    if data[0] != _SHORT_MAP | len(values):
+    if data[0] & 0x0F != len(values):
         raise ValueError("a key stands twice")
     return values
-
-
-_SHORT_MAP = 0x80
-"""msgpack's fixmap."""
 
 
 def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeAlias, get_args
 
 from vfiostream.buffers import Buffer
 from vfiostream.errors import StreamError
-from vfiostream.packing import pack, unpack, unpack_flat
+from vfiostream.packing import is_short_map, pack, unpack, unpack_short
 from vfiostream.protocol import limits
 
 
@@ -485,8 +485,8 @@ def decode(type_: int, stream: int, sequence: int, header: Buffer) -> Record:
     if streamed != (stream != 0):
         raise StreamError(name_of(type_, sequence), f"can't be on stream {stream}")
     try:
-        if cls in _FLAT:
-            values = unpack_flat(header, keys=16)
+        if cls in _FLAT and is_short_map(header):
+            values = unpack_short(header)  # what it holds is checked by the record
         else:
             values = unpack(header, text=limits.MAX_TEXT, binary=16, items=limits.MAX_RANGES, keys=16)
         _expect(cls, values)
