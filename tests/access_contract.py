@@ -2,12 +2,17 @@
 
 Needed of the device: regions of memory that nothing else changes, one that can't be mapped, and a way to make it read
 and write guest memory. A device with a choice of mmap (whole, sparse, none) is given once for each.
+
+:class:`FeatureContract` is what an access does by ``VFIO_DEVICE_FEATURE``, for devices that have the migration states
+of Linux 5.18, or a log of their DMA; what a device does not have is skipped.
 """
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
+import struct
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -16,11 +21,16 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from vfiostream.access.contract import Access
+from vfiostream.access.contract import Access, MigrationData
 from vfiostream.errors import DeviceLost, DeviceRefused
+from vfiostream.uapi.vfio import Feature, FeatureOperation, MigrationFlags, MigrationState
 
 PAGE = mmap.PAGESIZE
 IOVA = 0x10_0000_0000
+
+GET, SET, PROBE = FeatureOperation.GET, FeatureOperation.SET, FeatureOperation.PROBE
+NO_FEATURE = 0xFFF0
+ERROR, STOP, RUNNING, STOP_COPY, RESUMING, RUNNING_P2P, PRE_COPY, PRE_COPY_P2P = MigrationState
 
 
 class Subject(ABC):
@@ -292,6 +302,13 @@ class AccessContract:
         with pytest.raises(ValueError, match="released"):
             area.view[0]
 
+    async def test_a_feature_that_is_not_there(self, subject: Subject) -> None:
+        for operation in (GET, SET, PROBE | GET, PROBE | SET):
+            with pytest.raises(DeviceRefused) as caught:
+                await subject.access.feature(operation, NO_FEATURE, size=8 if operation == GET else 0)
+            assert caught.value.errno == errno.ENOTTY
+        await subject.access.write(subject.memory, 0, b"alive")
+
     async def test_closing_while_somebody_holds_a_slice(self, subject: Subject) -> None:
         access = subject.access
         (area,) = await access.map(await access.region_info(need(subject.whole)))
@@ -299,3 +316,237 @@ class AccessContract:
         with area.view[:4] as held:
             await access.aclose()
             assert bytes(held) == b"held"
+
+
+class FeatureSubject(ABC):
+    """A device under test, open and running."""
+
+    access: Access
+
+    @abstractmethod
+    async def device_writes_somewhere(self) -> None:
+        """Make the device write some of the guest memory that is mapped; or ``pytest.skip`` where it has no way."""
+
+
+async def state_of(access: Access) -> MigrationState:
+    answer = await access.feature(GET, Feature.MIG_DEVICE_STATE, size=8)
+    return MigrationState(struct.unpack_from("<I", answer)[0])
+
+
+async def need_states(access: Access, *needed: MigrationFlags) -> None:
+    try:
+        (flags,) = struct.unpack("<Q", await access.feature(GET, Feature.MIGRATION, size=8))
+    except DeviceRefused as refused:
+        if refused.errno != errno.ENOTTY:
+            raise
+        pytest.skip("the device has no migration states")
+    if any(not flags & one for one in needed):
+        pytest.skip("the device has not all of the migration states")
+
+
+async def need_log(access: Access) -> None:
+    if not await access.can_log_dma():
+        pytest.skip("there is no log of the device's DMA")
+
+
+async def opened(access: Access, state: MigrationState) -> MigrationData:
+    data = await access.set_migration_state(state)
+    assert data is not None
+    return data
+
+
+async def read_to_end(data: MigrationData, most: int = 4096) -> bytes:
+    """What there is, to its end, or in PRE_COPY to its end for now."""
+    whole = bytearray()
+    into = memoryview(bytearray(most))
+    while True:
+        try:
+            count = await data.read_into(into)
+        except DeviceRefused as refused:
+            if refused.errno == errno.ENOMSG:
+                return bytes(whole)
+            raise
+        assert 0 <= count <= most
+        if count == 0:
+            return bytes(whole)
+        whole += into[:count]
+
+
+@pytest.mark.anyio
+class FeatureContract:
+    """Subclasses override ``subject``, as those of :class:`AccessContract`; its device is reset when a test ends."""
+
+    @pytest.fixture
+    async def subject(self) -> AsyncIterator[FeatureSubject]:
+        raise NotImplementedError
+        yield
+
+    # ---- features
+
+    async def test_a_feature_that_is_not_there(self, subject: FeatureSubject) -> None:
+        for operation in (GET, SET, PROBE | GET, PROBE | SET):
+            with pytest.raises(DeviceRefused) as caught:
+                await subject.access.feature(operation, NO_FEATURE, size=8 if operation == GET else 0)
+            assert caught.value.errno == errno.ENOTTY
+
+    async def test_features_are_probed_and_got(self, subject: FeatureSubject) -> None:
+        access = subject.access
+        await need_states(access, MigrationFlags.STOP_COPY)
+        assert await access.feature(PROBE | GET, Feature.MIGRATION) == b""
+        assert await access.feature(PROBE | GET | SET, Feature.MIG_DEVICE_STATE) == b""
+        assert await state_of(access) is RUNNING
+
+    async def test_a_feature_that_can_only_be_got(self, subject: FeatureSubject) -> None:
+        await need_states(subject.access)
+        with pytest.raises(DeviceRefused):
+            await subject.access.feature(PROBE | SET, Feature.MIGRATION)
+        with pytest.raises(DeviceRefused):
+            await subject.access.feature(SET, Feature.MIGRATION, bytes(8))
+
+    # ---- states and data
+
+    @pytest.mark.parametrize("most", [1, 4096, 1 << 21])
+    async def test_the_state_of_a_device_moves_out_and_in(self, subject: FeatureSubject, most: int) -> None:
+        access = subject.access
+        await need_states(access)
+        async with await opened(access, STOP_COPY) as data:
+            assert await state_of(access) is STOP_COPY
+            whole = await read_to_end(data, 1 << 16)
+            assert whole
+            assert await data.read_into(memoryview(bytearray(16))) == 0
+        assert await access.set_migration_state(STOP) is None
+        async with await opened(access, RESUMING) as data:
+            # Cut otherwise than it was read; byte by byte only at the start, which is where it may matter.
+            head = min(len(whole), 256) if most == 1 else 0
+            for at in range(head):
+                await data.write(whole[at : at + 1])
+            for at in range(head, len(whole), max(most, 4096)):
+                await data.write(memoryview(whole)[at : at + max(most, 4096)])
+            assert await access.set_migration_state(STOP) is None
+        assert await access.set_migration_state(RUNNING) is None
+        assert await state_of(access) is RUNNING
+
+    async def test_precopy_goes_on_in_stop_copy(self, subject: FeatureSubject) -> None:
+        access = subject.access
+        await need_states(access, MigrationFlags.PRE_COPY)
+        data = await opened(access, PRE_COPY)
+        try:
+            info = await data.precopy_info()
+        except DeviceRefused as refused:
+            if refused.errno != errno.ENOTTY:  # not having it is right too
+                raise
+        else:
+            assert info.initial >= 0
+            assert info.dirty >= 0
+        whole = await read_to_end(data)
+        again = await access.set_migration_state(STOP_COPY)
+        async with data if again is None else again as last:
+            whole += await read_to_end(last)
+        await data.aclose()
+        await access.set_migration_state(STOP)
+        async with await opened(access, RESUMING) as data:
+            await data.write(whole)
+            await access.set_migration_state(RUNNING)
+
+    async def test_a_change_that_is_not_to_be_had(self, subject: FeatureSubject) -> None:
+        access = subject.access
+        await need_states(access)
+        for state in (ERROR, 8, 0xFFFF_FFFF):
+            with pytest.raises(DeviceRefused) as caught:
+                await access.set_migration_state(state)
+            assert caught.value.errno == errno.EINVAL
+        assert await state_of(access) is RUNNING
+        async with await opened(access, STOP_COPY):
+            with pytest.raises(DeviceRefused):
+                await access.set_migration_state(PRE_COPY)
+            assert await state_of(access) is STOP_COPY
+
+    async def test_a_short_stream_is_refused_when_it_ends(self, subject: FeatureSubject) -> None:
+        access = subject.access
+        await need_states(access)
+        async with await opened(access, STOP_COPY) as data:
+            whole = await read_to_end(data)
+        await access.set_migration_state(STOP)
+        async with await opened(access, RESUMING) as data:
+            await data.write(whole[: len(whole) // 2])
+            with pytest.raises(DeviceRefused):
+                await access.set_migration_state(RUNNING)
+        assert await state_of(access) in (RESUMING, ERROR)
+        await access.reset()
+        assert await state_of(access) is RUNNING
+
+    async def test_closing_data_leaves_the_state(self, subject: FeatureSubject) -> None:
+        access = subject.access
+        await need_states(access)
+        data = await opened(access, STOP_COPY)
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await data.aclose()
+        await data.aclose()
+        assert await state_of(access) is STOP_COPY
+        await access.set_migration_state(RUNNING)
+
+    async def test_nothing_is_written_without_harm(self, subject: FeatureSubject) -> None:
+        await need_states(subject.access)
+        async with await opened(subject.access, RESUMING) as data:
+            await data.write(b"")
+
+    async def test_after_closing_the_device_is_lost(self, subject: FeatureSubject) -> None:
+        access = subject.access
+        await access.aclose()
+        with pytest.raises(DeviceLost):
+            await access.feature(GET, Feature.MIGRATION, size=8)
+        with pytest.raises(DeviceLost):
+            await access.set_migration_state(STOP)
+
+    # ---- the log of DMA
+
+    async def test_the_log_has_what_was_written(self, subject: FeatureSubject) -> None:
+        access = subject.access
+        await need_log(access)
+        pages = 100
+        with guest_memory(pages * PAGE) as (fd, memory):
+            await access.dma_map(IOVA, pages * PAGE, fd, 0, writable=True)
+            await access.start_dma_log(PAGE, [(IOVA, pages * PAGE)])
+            before = memory[:]
+            await subject.device_writes_somewhere()
+            changed = {n for n in range(pages) if memory[n * PAGE :][:PAGE] != before[n * PAGE :][:PAGE]}
+            assert changed
+            bitmap = bytearray(16)
+            bitmap[13] = 0x80  # beyond the pages asked for: kept
+            await access.read_dma_log(IOVA, pages * PAGE, PAGE, memoryview(bitmap))
+            assert bits(bitmap) >= changed | {8 * 13 + 7}
+            assert max(bits(bitmap)) == 8 * 13 + 7
+            again = bytearray(16)
+            await access.read_dma_log(IOVA, pages * PAGE, PAGE, memoryview(again))
+            assert not any(again)
+            await access.stop_dma_log()
+
+    async def test_a_log_that_makes_no_sense(self, subject: FeatureSubject) -> None:
+        access = subject.access
+        await need_log(access)
+        for ranges in (
+            [(IOVA + 1, PAGE)],
+            [(IOVA, PAGE - 1)],
+            [(IOVA, 2 * PAGE), (IOVA + PAGE, 2 * PAGE)],
+            [(IOVA, PAGE), (IOVA, PAGE)],
+        ):
+            with pytest.raises(DeviceRefused) as caught:
+                await access.start_dma_log(PAGE, ranges)
+            assert caught.value.errno == errno.EINVAL
+        await access.start_dma_log(PAGE, [(IOVA, PAGE)])
+
+    async def test_a_log_is_begun_anew_and_ended_when_none_runs(self, subject: FeatureSubject) -> None:
+        access = subject.access
+        await need_log(access)
+        await access.stop_dma_log()
+        for _ in range(2):
+            await access.start_dma_log(PAGE, [(IOVA, 4 * PAGE)])
+        await access.stop_dma_log()
+        await access.stop_dma_log()
+
+
+def bits(bitmap: bytes | bytearray) -> set[int]:
+    """The numbers of the bits that are set."""
+    value = int.from_bytes(bitmap, "little")
+    return {n for n in range(8 * len(bitmap)) if value >> n & 1}

@@ -10,7 +10,7 @@ import pytest
 
 KERNEL_TESTS = Path(__file__).parent / "kernel"
 
-for suite in ("access_contract", "device_contract", "transport_contract", "movers", "interference"):
+for suite in ("access_contract", "between", "device_contract", "transport_contract", "movers", "interference"):
     pytest.register_assert_rewrite(f"tests.{suite}")
 
 

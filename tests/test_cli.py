@@ -139,6 +139,7 @@ def test_the_options_that_others_rely_on() -> None:
         assert {"--downtime-limit", "--max-bandwidth", "--max-rounds", "--max-time", "--compress"} <= options_of(name)
     assert "--force" in options_of("save")
     assert options_of("device", "serve") >= {
+        "--interface", "--states",
         "--memory", "--config", "--dirty-rate", "--pattern", "--data", "--seed", "--memory-region", "--config-region",
         "--bitmap-region", "--mmap", "--layout", "--capture-time", "--chunk-time", "--state-time",
         "--version-string", "--accept", "--fault",
@@ -176,6 +177,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["device", "serve", "x", "--memory", "5"], "whole pages"),
         (["device", "serve", "x", "--fault", "get-memory:1"], "is not a fault"),
         (["device", "serve", "x", "--pattern", "spiral"], "'spiral' is not one of"),
+        (["device", "serve", "x", "--interface", "two-region"], "'two-region' is not one of"),
+        (["device", "serve", "x", "--states", "p2p"], "leave stop-copy in"),
+        (["device", "serve", "x", "--fault", "report:1:EIO"], "no operation of the four-region interface"),
     ],
 )
 def test_usage_is_one_sentence_and_2(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -213,6 +217,15 @@ def test_every_option_of_serve_reaches_the_device(
         " --fault set-state:1:hang"
     )
     assert main(["device", "serve", "other", *options.split()]) == 0
+    options = "--interface migration-states --states stop-copy,p2p --fault running-to-running-p2p:2:error"
+    assert main(["device", "serve", "states", *options.split()]) == 0
+    settings, path = served.pop()
+    assert path == "states"
+    assert settings == Settings(
+        interface="migration-states",
+        states=("stop-copy", "p2p"),
+        faults=(parse_fault("running-to-running-p2p:2:error"),),
+    )
     assert served == [
         (Settings(), "plain"),
         (
@@ -226,7 +239,7 @@ def test_every_option_of_serve_reaches_the_device(
             "other",
         ),
     ]  # fmt: skip
-    assert capsys.readouterr().out == "serving vfio-user:plain\nserving vfio-user:other\n"
+    assert capsys.readouterr().out == "".join(f"serving vfio-user:{path}\n" for path in ("plain", "other", "states"))
 
 
 # ---- what an error means

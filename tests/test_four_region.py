@@ -5,10 +5,8 @@ from __future__ import annotations
 import errno
 import logging
 import struct
-import tempfile
-import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +15,25 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from tests.device_contract import IOVA, PAGE, DeviceContract, Opener, drain, driver, drivers, guest_memory, load, save
+from tests.between import Between
+from tests.device_contract import (
+    IOVA,
+    PAGE,
+    Opener,
+    SizedContract,
+    drain,
+    driver,
+    drivers,
+    guest_memory,
+    halt,
+    in_process,
+    load,
+    over_vfio_user,
+    save,
+    served,
+    state,
+    take_round,
+)
 from vfiostream.access import vfio_user
 from vfiostream.access.contract import Access, MappedArea, RegionInfo
 from vfiostream.buffers import Buffer
@@ -37,7 +53,6 @@ from vfiostream.errors import (
 from vfiostream.uapi.four_region import NATURAL, PACKED, State
 from vfiostream.vendor.device import ReferenceDevice
 from vfiostream.vendor.inprocess import InProcessAccess
-from vfiostream.vendor.server import Server
 from vfiostream.vendor.settings import Fault, Operation
 
 pytestmark = pytest.mark.anyio
@@ -46,77 +61,130 @@ CONTROL, CONFIG, MEMORY, BITMAP, VERSION = 9, 10, 11, 12, 13
 ORDERS: tuple[Order, ...] = ("session", "posted")
 
 
-@contextmanager
-def served(device: ReferenceDevice) -> Iterator[str]:
-    """The path of a vfio-user server for ``device``."""
-    with tempfile.TemporaryDirectory() as directory:
-        path = str(Path(directory) / "device.sock")
-        server = Server(device, path)
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield path
-        finally:
-            server.close()
-            thread.join()
+class FourRegionContract(SizedContract):
+    interface = "four-region"
+
+    @pytest.mark.parametrize("layout", ["natural", "packed"])
+    async def test_everything_moves_with_either_layout(self, opened: Opener, layout: str) -> None:
+        await self.check_move(opened, source={"layout": layout}, target={"layout": layout})
+
+    async def test_it_describes_its_config_and_version(self, opened: Opener) -> None:
+        with driver(version_string="version one") as one:
+            async with opened(one) as device:
+                about = device.description
+                assert about.version == "version one"
+                assert 3000 <= about.config_size <= about.config_limit == 2 * PAGE
+
+    async def test_without_memory_there_are_no_captures(self, opened: Opener) -> None:
+        with driver(memory=0) as one:
+            async with opened(one) as source:
+                assert not source.description.device_memory
+                await source.start_precopy()
+                with pytest.raises(LocalProtocolError):
+                    await source.capture()
+
+    async def test_the_driver_says_which_versions_it_takes(self, opened: Opener) -> None:
+        with driver(version_string="new", accept=("old",)) as one:
+            before = one.digest()
+            async with opened(one) as device:
+                assert await device.accepts("new")
+                assert await device.accepts("old")
+                assert not await device.accepts("future")
+                assert not await device.accepts("")
+                assert not await device.accepts("x" * 10_000)
+                assert device.description.version == "new"
+            assert (state(one), one.digest()) == (State.RUNNING, before)
+
+    async def test_nothing_reaches_the_driver_before_a_chunk_is_whole(self, opened: Opener) -> None:
+        with drivers({}, {}) as (one, other):
+            async with opened(one) as source:
+                saved = await save(source, one)
+            before = other.digest()
+            async with opened(other) as target:
+                size, content = saved.captures[0]
+                await target.start_load()
+                await target.begin_capture(size)
+                await target.write(content[: 8 * PAGE - 1])
+                assert other.digest() == before
+                await target.write(content[8 * PAGE - 1 : 8 * PAGE])
+                assert other.digest() != before
+                await target.abandon()
+
+    @pytest.mark.parametrize(
+        ("operation", "n", "named"),
+        [
+            (Operation.SET_STATE, 1, "set device state to RUNNING"),
+            (Operation.SET_STATE, 2, "set device state to RUNNING_LOGGING"),
+            (Operation.SET_STATE, 3, "set device state to STOP_LOGGING"),
+            (Operation.GET_MEMORY_SIZE, 1, "get memory size"),
+            (Operation.GET_MEMORY_SIZE, 3, "get memory size"),
+            (Operation.GET_MEMORY, 1, "get memory chunk at 0"),
+            (Operation.GET_MEMORY, 3, f"get memory chunk at {16 * PAGE}"),
+            (Operation.GET_CONFIG_SIZE, 2, "get config size"),  # the first is asked when it's opened
+            (Operation.GET_CONFIG, 1, "get config"),
+            (Operation.GET_BITMAP, 1, "get dirty bitmap of 10 pages at 0x100000000"),
+        ],
+    )
+    async def test_what_a_source_is_refused_has_a_name(
+        self, opened: Opener, operation: Operation, n: int, named: str
+    ) -> None:
+        with driver(faults=(Fault(operation, n, errno.EIO),)) as one, guest_memory(10) as fd:
+            async with opened(one) as source:
+                await source.dma_map(IOVA, 10 * PAGE, fd, 0)
+                with pytest.raises(DeviceRefused, match=source.name) as caught:
+                    await save(source, one)
+                    await source.merge_dirty(IOVA, 10, memoryview(bytearray(2)))
+                assert (caught.value.operation, caught.value.errno) == (named, errno.EIO)
+                await source.resume()
+            await self.check_unharmed(opened, one)
+
+    @pytest.mark.parametrize(
+        ("operation", "n", "number", "named"),
+        [
+            (Operation.SET_STATE, 1, errno.EIO, "set device state to STOP"),
+            (Operation.SET_STATE, 2, errno.EIO, "set device state to RUNNING"),
+            (Operation.SET_MEMORY_SIZE, 1, errno.ENOSPC, "set memory size to 200704"),
+            (Operation.SET_MEMORY, 1, errno.EIO, "set memory chunk at 0"),
+            (Operation.SET_MEMORY, 2, errno.EBADMSG, f"set memory chunk at {8 * PAGE}"),
+            (Operation.SET_CONFIG_SIZE, 1, errno.EIO, "set config size to 3056"),
+            (Operation.SET_CONFIG, 1, errno.EIO, "set config"),
+        ],
+    )
+    async def test_what_a_target_is_refused_has_a_name(
+        self, opened: Opener, operation: Operation, n: int, number: int, named: str
+    ) -> None:
+        with drivers({}, {"faults": (Fault(operation, n, number),)}) as (one, other):
+            async with opened(one) as source:
+                saved = await save(source, one)
+            async with opened(other) as target:
+                with pytest.raises(DeviceRefused) as caught:
+                    await load(target, saved)
+                    await target.run()
+                assert (caught.value.operation, caught.value.errno) == (named, number)
+                assert ("memory" in str(caught.value).partition(";")[2]) == (number == errno.ENOSPC)
+                await target.abandon()
+                assert state(other) == State.STOP
+
+    @pytest.mark.parametrize("size", [0, 2 * PAGE + 1, 1 << 40])
+    async def test_a_config_that_does_not_fit_is_refused(self, opened: Opener, size: int) -> None:
+        with driver() as other:
+            async with opened(other) as target:
+                await target.start_load()
+                with pytest.raises(Incompatible, match=f"1 to {2 * PAGE}"):
+                    await target.begin_config(size)
+                await target.abandon()
 
 
-class TestInProcess(DeviceContract):
+class TestInProcess(FourRegionContract):
     @pytest.fixture(params=ORDERS)
     def opened(self, request: pytest.FixtureRequest) -> Opener:
-        @asynccontextmanager
-        async def opened(one: ReferenceDevice) -> AsyncIterator[Device]:
-            async with await FourRegionDevice.open(InProcessAccess(one), order=request.param) as device:
-                yield device
-
-        return opened
+        return in_process(request.param)
 
 
-class TestOverVfioUser(DeviceContract):
+class TestOverVfioUser(FourRegionContract):
     @pytest.fixture(params=ORDERS)
     def opened(self, request: pytest.FixtureRequest) -> Opener:
-        @asynccontextmanager
-        async def opened(one: ReferenceDevice) -> AsyncIterator[Device]:
-            with served(one) as path:
-                async with await FourRegionDevice.open(await vfio_user.connect(path), order=request.param) as device:
-                    yield device
-
-        return opened
-
-
-class Between(Access):
-    """Stands between a device and its access, and passes everything on; tests change what they want to."""
-
-    def __init__(self, access: Access) -> None:
-        self.access = access
-        self.name = access.name
-        self.info = access.info
-        self.closed = False
-
-    async def region_info(self, index: int) -> RegionInfo:
-        return await self.access.region_info(index)
-
-    async def read_into(self, index: int, offset: int, into: memoryview) -> None:
-        await self.access.read_into(index, offset, into)
-
-    async def write(self, index: int, offset: int, data: Buffer) -> None:
-        await self.access.write(index, offset, data)
-
-    async def map(self, info: RegionInfo) -> Sequence[MappedArea]:
-        return await self.access.map(info)
-
-    async def dma_map(self, iova: int, length: int, fd: int, offset: int, *, writable: bool) -> None:
-        await self.access.dma_map(iova, length, fd, offset, writable=writable)
-
-    async def dma_unmap(self, iova: int, length: int) -> None:
-        await self.access.dma_unmap(iova, length)
-
-    async def reset(self) -> None:
-        await self.access.reset()
-
-    async def aclose(self) -> None:
-        self.closed = True
-        await self.access.aclose()
+        return over_vfio_user(request.param)
 
 
 # ---- what the driver gets to see
@@ -162,14 +230,20 @@ async def listening(
         yield device, access
 
 
+async def next_of(device: Device, most: int) -> memoryview:
+    """The next bytes, which lie in memory."""
+    piece = await device.next(most)
+    assert piece is not None
+    return piece
+
+
 async def test_the_position_advances_with_each_chunk_that_is_read() -> None:
     """The save loop of the posted patches never moved it (line 1487 of the thread)."""
     with driver() as one:
         async with listening(one) as (source, access):
             await source.start_precopy()
-            size = await source.capture()
+            [(size, _)] = await take_round(source, cuts=(3 * PAGE,))
             assert size == 49 * PAGE
-            await drain(source, size, cuts=(3 * PAGE,))
             expected = [
                 step
                 for chunk in range(7)
@@ -213,8 +287,8 @@ async def test_the_session_order(memory: int) -> None:
             assert access.states() == [State.RUNNING, State.RUNNING_LOGGING]
             access.heard.clear()
             if memory:
-                await drain(source, await source.capture())
-            await source.stop()
+                await take_round(source)
+            await halt(source)
             await source.release()
             assert access.states() == [State.STOP_LOGGING, State.STOP]
 
@@ -229,14 +303,17 @@ async def test_the_posted_order() -> None:
             access.heard.clear()
 
             await source.start_precopy()
+            await source.begin_round()
             size = await source.capture()
             while size:
-                size -= len(await source.next(size))
+                size -= len(await next_of(source, size))
             assert access.states() == [State.RUNNING]  # the last bytes may still be looked at
             assert not await source.next(1)
+            assert access.states() == [State.RUNNING]
+            assert await source.capture() == 0
             assert access.states() == [State.RUNNING, State.RUNNING_LOGGING]
-            await drain(source, await source.capture())
-            await source.stop()
+            await take_round(source)
+            await halt(source)
             assert access.states()[2:] == [State.STOP_LOGGING]
             await source.resume()
             assert access.states()[3:] == [State.RUNNING]
@@ -253,15 +330,16 @@ async def test_the_posted_order_stopped_before_the_first_capture_is_read() -> No
     with drivers({}, {}) as (one, other):
         async with listening(one, "posted") as (source, access), listening(other) as (target, _):
             await source.start_precopy()
+            await source.begin_round()
             size = await source.capture()
             await target.start_load()
-            into = bytes(await source.next(9 * PAGE))
-            await source.stop()
+            into = bytes(await next_of(source, 9 * PAGE))
+            await halt(source)
             into += await drain(source, size - len(into))
             assert access.states() == [State.RUNNING, State.STOP_LOGGING]
             await target.begin_capture(size)
             await target.write(into)
-            assert await source.capture() == 0
+            assert await take_round(source) == []
             config = await drain(source, await source.capture_config())
             await target.begin_config(len(config))
             await target.write(config)
@@ -272,6 +350,7 @@ async def test_a_driver_forgets_a_capture_that_was_made_outside_logging() -> Non
     with driver() as one:
         async with listening(one, "posted") as (source, access):
             await source.start_precopy()
+            await source.begin_round()
             await source.capture()
             await source.resume()
             assert access.states() == [State.RUNNING, State.RUNNING_LOGGING, State.RUNNING]
@@ -283,6 +362,7 @@ async def test_a_device_runs_on_even_if_its_driver_does_not_forget() -> None:
     with driver(faults=(Fault(Operation.SET_STATE, 2, errno.EIO),)) as one:
         async with listening(one, "posted") as (source, access):
             await source.start_precopy()
+            await source.begin_round()
             await source.capture()
             with pytest.raises(DeviceRefused, match="RUNNING_LOGGING"):
                 await source.resume()
@@ -352,7 +432,7 @@ async def test_a_config_size_that_can_not_be_is_not_believed(size: int) -> None:
         access = Wrong(InProcessAccess(one))
         async with await FourRegionDevice.open(access) as source:
             await source.start_precopy()
-            await source.stop()
+            await halt(source)
             access.wrong = True
             with pytest.raises(DeviceBroken, match=str(size)):
                 await source.capture_config()
@@ -431,7 +511,7 @@ async def test_a_source_cancelled_at_any_access_runs_on(order: Order, when: str)
                     access.scope = scope
                     await save(source, one, rounds=1)
                 await source.resume()
-                assert one.state is State.RUNNING
+                assert state(one) == State.RUNNING
                 if not scope.cancelled_caught:
                     break
             async with await FourRegionDevice.open(InProcessAccess(one)) as source:
@@ -460,11 +540,11 @@ async def test_a_target_cancelled_at_any_access_is_abandoned(when: str) -> None:
                 if not scope.cancelled_caught:
                     break
                 await target.abandon()
-                assert other.state is State.STOP
+                assert state(other) == State.STOP
         else:
             raise AssertionError("it never came to its end")
         assert n > 12
-        assert (other.state, other.digest()) == (State.RUNNING, one.digest())
+        assert (state(other), other.digest()) == (State.RUNNING, one.digest())
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6, 7, 11])
@@ -478,7 +558,7 @@ async def test_a_source_cancelled_while_it_waits_for_the_server_runs_on(n: int) 
                 await save(source, one, rounds=1)
             assert scope.cancel_called
             await source.resume()
-            assert one.state is State.RUNNING
+            assert state(one) == State.RUNNING
 
 
 # ---- finding the interface
@@ -665,9 +745,10 @@ async def test_a_refused_data_region_is_named(mmap: str) -> None:
     with driver(mmap=mmap) as one:
         async with await FourRegionDevice.open(Refusing(InProcessAccess(one))) as source:
             await source.start_precopy()
+            await source.begin_round()
             await source.capture()
             with pytest.raises(DeviceRefused, match="of its memory region at 0"):
-                await source.next(PAGE)
+                await source.read(memoryview(bytearray(PAGE)))
             await source.resume()
 
 
@@ -676,6 +757,7 @@ async def test_a_device_that_goes_away_is_told_apart(fault: Literal["hang", "exi
     with driver(faults=(Fault(Operation.GET_MEMORY, 1, fault),)) as one:
         async with await FourRegionDevice.open(InProcessAccess(one)) as source:
             await source.start_precopy()
+            await source.begin_round()
             await source.capture()
             with pytest.raises(error):
                 await source.next(PAGE)

@@ -32,7 +32,8 @@ async def test_device_memory_is_copied_only_where_that_pays(
     device = replace(SMALL, mmap=mmap)  # type: ignore[arg-type]
     async with machines(device) as (source, target):
         sent, _ = await move(source, target)
-        assert (sent.peak_buffers > 0) == copies
+        # What can't be mapped is read into the budget in any case.
+        assert (sent.peak_buffers > 0) == (copies or mmap != "whole")
 
 
 @pytest.mark.parametrize("level", [0, 1])

@@ -97,3 +97,28 @@ def test_the_default_is_qemus() -> None:
 def test_nonsense_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(UsageError):
         Precopy(**wrong)  # type: ignore[arg-type]
+
+
+def test_what_devices_tell_is_not_estimated() -> None:
+    told = report()._replace(told_content=60 * MIB, initial=0, rest=7 * MIB)
+    assert told.dirty_rate == 20 * MIB
+    assert told.pending == 27 * MIB
+    assert Precopy(downtime_limit=0.28).judge(told) is Verdict.SWITCHOVER
+    assert Precopy(downtime_limit=0.26).judge(told) is Verdict.CONTINUE
+
+
+def test_initial_bytes_are_across_before_the_source_stops() -> None:
+    told = report()._replace(told_content=100 * MIB, initial=1)
+    assert Precopy(downtime_limit=10).judge(told) is Verdict.CONTINUE
+    assert Precopy(downtime_limit=10).judge(told._replace(initial=0, rest=1)) is Verdict.SWITCHOVER
+    assert Precopy(downtime_limit=10, max_rounds=2, otherwise="stop").judge(told) is Verdict.SWITCHOVER
+
+
+def test_rounds_without_content_keep_the_speed_that_was_seen() -> None:
+    idle = report(content=0)._replace(rest=50 * MIB, speed=100.0 * MIB)
+    assert idle.expected_downtime == pytest.approx(0.5)
+    assert Precopy(downtime_limit=0.4).judge(idle) is Verdict.CONTINUE
+
+
+def test_devices_that_give_nothing_while_they_run_are_stopped() -> None:
+    assert Precopy().judge(report(number=1, content=0, total=0, previous=None)._replace(rest=5)) is Verdict.SWITCHOVER

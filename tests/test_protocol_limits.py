@@ -418,7 +418,7 @@ def test_a_value_that_is_wrong_anywhere(place: str, key: str) -> None:
 def test_a_value_of_the_wrong_type(place: str, key: str) -> None:
     for value, right in TYPES.values():
         type_, header = header_for(place, key, value)
-        if key in right:
+        if key in right or (place == "CAPTURE" and key == "size" and value == msgpack.packb(None)):
             decoded(type_, header)
         else:
             header_is_refused(type_, header)

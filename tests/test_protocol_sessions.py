@@ -280,6 +280,30 @@ def test_captures(pair: Pair) -> None:
     pair.say(Memory(1, 0), b"x")
 
 
+def test_a_capture_of_no_known_size_ends_with_the_next_or_the_round() -> None:
+    pair = Pair.greeted(hello())
+    pair.say(Round(1))
+    pair.say(Capture(1, 1, None))
+    refuses_all(pair, [(Memory(1, 1), b"x", "1 bytes at 1, where bytes at 0 are to come")])
+    pair.say(Memory(1, 0), b"one")
+    refuses_all(
+        pair,
+        [
+            (Memory(1, 0), b"one", "3 bytes at 0, where bytes at 3"),
+            (Memory(1, 4), b"x", "1 bytes at 4, where bytes at 3"),
+        ],
+    )
+    pair.say(Memory(1, 3), b"two")
+    pair.say(Capture(1, 2, 2))
+    refuses_all(pair, [(Memory(1, 6), b"x", "1 bytes at 6, where 2 bytes at 0"), (RoundEnd(1), b"", "2 bytes of")])
+    pair.say(Memory(1, 0), b"xx")
+    pair.say(Capture(1, 3, None))
+    pair.say(RoundEnd(1))
+    pair.answer(Ack("round", 1, CREDIT))
+    pair.say(Round(2))
+    refuses_all(pair, [(Memory(1, 0), b"x", "where 0 bytes at 0")])
+
+
 def test_captures_are_counted_over_all_rounds(pair: Pair) -> None:
     pair = Pair.greeted(hello())
     for number in (1, 2):

@@ -10,7 +10,7 @@ from typing import get_args
 
 import pytest
 
-from tests.access_contract import AccessContract, Subject
+from tests.access_contract import AccessContract, FeatureContract, FeatureSubject, Subject
 from tests.vendor_operations import CONTROL, MEMORY, PAGE, SMALL
 from vfiostream.access.contract import Access
 from vfiostream.access.vfio_user import connect
@@ -68,6 +68,51 @@ class TestVfioUserAccess(AccessContract):
         try:
             async with await connect(str(tmp_path / "socket"), timeout=10) as access:
                 yield ReferenceSubject(access, mmap)
+        finally:
+            server.close()
+            thread.join()
+
+
+class ReferenceFeatures(FeatureSubject):
+    def __init__(self, access: Access, device: ReferenceDevice) -> None:
+        self.access = access
+        self._device = device
+
+    async def device_writes_somewhere(self) -> None:
+        self._device.workload.write(20)
+
+
+@pytest.fixture(
+    params=[
+        {"interface": "migration-states"},
+        {"interface": "migration-states", "states": ("stop-copy",), "dirty_tracking": False},
+        {"interface": "migration-region"},
+        {},
+    ],
+    ids=["states", "stop-copy", "region", "four-region"],
+)
+def featured(request: pytest.FixtureRequest) -> Iterator[ReferenceDevice]:
+    device = ReferenceDevice(Settings(**{**SMALL, "memory": 400 * PAGE, **request.param}))
+    yield device
+    device.close()
+
+
+class TestInProcessFeatures(FeatureContract):
+    @pytest.fixture
+    async def subject(self, featured: ReferenceDevice) -> AsyncIterator[FeatureSubject]:
+        async with InProcessAccess(featured) as access:
+            yield ReferenceFeatures(access, featured)
+
+
+class TestVfioUserFeatures(FeatureContract):
+    @pytest.fixture
+    async def subject(self, featured: ReferenceDevice, tmp_path: Path) -> AsyncIterator[FeatureSubject]:
+        server = Server(featured, str(tmp_path / "socket"))
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            async with await connect(str(tmp_path / "socket"), timeout=10) as access:
+                yield ReferenceFeatures(access, featured)
         finally:
             server.close()
             thread.join()

@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,16 +15,17 @@ from pathlib import Path
 import pytest
 
 from tests.vendor_client import TIMEOUT, Client
-from tests.vendor_operations import CONTROL, PAGE, STOP, Operations, refused
+from tests.vendor_operations import BAR0, CONTROL, PAGE, STOP, Operations, refused
 from vfiostream.uapi import vfio_user
+from vfiostream.uapi.vfio import Feature, FeatureOperation, MigrationState
 from vfiostream.uapi.vfio_user import Command
 
 PROGRAM = """
 import sys
 from vfiostream.vendor.server import serve
 from vfiostream.vendor.settings import Settings, parse_fault
-faults = tuple(parse_fault(text) for text in sys.argv[2:])
-serve(Settings(memory=262144, memory_region=16384, data="zeros", faults=faults), sys.argv[1],
+faults = tuple(parse_fault(text) for text in sys.argv[3:])
+serve(Settings(interface=sys.argv[2], memory=262144, memory_region=16384, data="zeros", faults=faults), sys.argv[1],
       lambda: print("ready", flush=True))
 """
 
@@ -33,9 +35,11 @@ def program(tmp_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[str
     """Starts servers as programs, with faults; returns each with its socket when it is ready."""
     started: list[subprocess.Popen[str]] = []
 
-    def program(*faults: str) -> tuple[subprocess.Popen[str], str]:
+    def program(*faults: str, interface: str = "four-region") -> tuple[subprocess.Popen[str], str]:
         path = str(tmp_path / "program.sock")
-        process = subprocess.Popen([sys.executable, "-c", PROGRAM, path, *faults], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, path, interface, *faults], stdout=subprocess.PIPE, text=True
+        )
         started.append(process)
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
@@ -104,3 +108,18 @@ def test_a_fault_that_ends_the_process(program: Program) -> None:
     assert os.path.exists(path)  # it died, it did not tidy up
     with Client(program()[1]):
         pass
+
+
+@pytest.mark.parametrize("effect", ["hang", "exit"])
+def test_faults_of_the_other_interfaces(program: Program, effect: str) -> None:
+    process, path = program(f"running-p2p-to-stop:1:{effect}", interface="migration-states")
+    with Client(path) as client:
+        body = struct.pack("<IIIi", 16, FeatureOperation.SET | Feature.MIG_DEVICE_STATE, MigrationState.STOP, -1)
+        client.send(vfio_user.pack_message(1, Command.DEVICE_FEATURE, body))
+        client.socket.shutdown(socket.SHUT_WR)
+        assert client.is_dropped()
+    if effect == "exit":
+        assert process.wait(TIMEOUT) == 3
+    else:
+        with Client(path) as client:  # on the way, where it was when it hung
+            assert client.read(BAR0, 32, 4) == struct.pack("<I", MigrationState.RUNNING_P2P)

@@ -12,7 +12,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -35,13 +35,14 @@ from tests.vendor_operations import (
     finish,
     refused,
 )
+from tests.vendor_states import GET, PROBE, SET
 from vfiostream.errors import UsageError
 from vfiostream.uapi import vfio, vfio_user
 from vfiostream.uapi.four_region import VERSION_SUBTYPE
 from vfiostream.uapi.vfio_user import Command
 from vfiostream.vendor.device import ReferenceDevice
 from vfiostream.vendor.server import MAX_TRANSFER, Server
-from vfiostream.vendor.settings import Settings
+from vfiostream.vendor.settings import Interface, Settings
 
 
 @pytest.fixture
@@ -266,12 +267,146 @@ def test_reset(path: str) -> None:
         assert ops.state is RUNNING
 
 
-@pytest.mark.parametrize("command", [0, 6, 11, 12, 14, 15, 16, 17, 18, 19, 0xFFFF])
+@pytest.mark.parametrize("command", [0, 6, 11, 12, 14, 15, 19, 0xFFFF])
 def test_commands_that_are_not_supported(path: str, command: int) -> None:
     with Client(path) as client:
         with refused(errno.EOPNOTSUPP):
             client.ask(command, b"whatever")
         client.read(BAR0, 0, 1)
+
+
+# ---- device features and migration data
+
+
+def ask_feature(client: Client, flags: int, data: bytes = b"", argsz: int = 4096) -> bytes:
+    """Returns the data of the answer."""
+    reply = client.ask(Command.DEVICE_FEATURE, struct.pack("<II", argsz, flags) + data)
+    assert struct.unpack_from("<II", reply) == (len(reply), flags)
+    return reply[8:]
+
+
+def read_data(client: Client, size: int, argsz: int | None = None) -> bytes:
+    request = struct.pack("<II", 8 + size if argsz is None else argsz, size)
+    reply = client.ask(Command.MIG_DATA_READ, request)
+    told, count = struct.unpack_from("<II", reply)
+    assert told == 8 + count == len(reply)
+    return reply[8:]
+
+
+def write_data(client: Client, data: bytes) -> None:
+    assert client.ask(Command.MIG_DATA_WRITE, struct.pack("<II", 8 + len(data), len(data)) + data) == b""
+
+
+def set_migration_state(client: Client, state: int) -> None:
+    data = struct.pack("<Ii", state, -1)
+    assert ask_feature(client, SET | 2, data) == data
+
+
+def test_a_move_of_migration_states_from_server_to_server(start: Callable[..., str]) -> None:
+    states = {"interface": "migration-states", "memory": 500 * PAGE}
+    with Client(start(seed=1, dirty_rate=1 << 20, **states)) as source, Client(start(seed=2, **states)) as target:
+        assert ask_feature(source, GET | 1) == struct.pack("<Q", 7)
+        assert ask_feature(source, PROBE | GET | SET | 2) == b""
+        set_migration_state(source, 6)
+        set_migration_state(target, 4)
+        for _ in range(3):
+            write_data(target, read_data(source, 500_000))
+        set_migration_state(source, 3)
+        assert ask_feature(source, GET | 2) == struct.pack("<Ii", 3, -1)
+        while piece := read_data(source, 500_000):
+            write_data(target, piece)
+        set_migration_state(target, 1)
+        assert source.read(BAR0, 0, 32) == target.read(BAR0, 0, 32)
+        set_migration_state(target, 2)
+
+
+def test_a_device_with_a_migration_region(start: Callable[..., str]) -> None:
+    with Client(start(interface="migration-region", mmap="whole")) as client:
+        reply = client.ask(Command.DEVICE_GET_INFO, vfio.DEVICE_INFO.pack(16, 0, 0, 0))
+        assert vfio.DEVICE_INFO.unpack(reply)[2] == 10
+        info, whole, fds = client.region_info(9)
+        assert info[4] == 5 * PAGE
+        assert vfio.parse_capabilities(whole, info[3]) == ((3, 1), ((PAGE, 4 * PAGE),))
+        client.write(9, 0, struct.pack("<I", 2))
+        assert struct.unpack("<Q", client.read(9, 8, 8))[0] > 64 * PAGE
+        at, size = struct.unpack("<Q", client.read(9, 16, 8))[0], struct.unpack("<Q", client.read(9, 24, 8))[0]
+        assert (at, size) == (PAGE, 4 * PAGE)
+        assert os.pread(fds[0], size, at) == client.read(9, at, size)
+        with refused(errno.EINVAL):
+            client.read(9, 0, 8)
+        with refused(errno.ENOTTY):
+            ask_feature(client, GET | 1)
+        assert ask_feature(client, PROBE | SET | 6) == b""
+        for fd in fds:
+            os.close(fd)
+
+
+def test_a_device_with_four_regions_has_no_features(path: str) -> None:
+    with Client(path) as client:
+        for flags in (GET | 1, PROBE | GET | 1, SET | 7):
+            with refused(errno.ENOTTY):
+                ask_feature(client, flags)
+        with refused(errno.EINVAL):
+            read_data(client, 4)
+        with refused(errno.EINVAL):
+            write_data(client, b"data")
+
+
+def test_the_log_over_messages(start: Callable[..., str], memfd: int) -> None:
+    with Client(start(interface="migration-states", dirty_rate=1 << 24)) as client:
+        client.dma_map(IOVA, 8 * PAGE, memfd)
+        asked = struct.pack("<QII", 2 * PAGE, 1, 0) + struct.pack("<QQ", IOVA, 8 * PAGE)
+        assert ask_feature(client, SET | 6, asked) == struct.pack("<Q", PAGE) + asked[8:]  # what it can do
+        request = struct.pack("<QQQ", IOVA, 8 * PAGE, PAGE)
+        with refused(errno.EINVAL):
+            ask_feature(client, GET | 8, request, argsz=39)  # and what it would have told is not lost
+        with refused(errno.EINVAL):
+            ask_feature(client, GET | 8, request, argsz=0xFFFF_FFFF)
+        set_migration_state(client, 1)
+        expected = {page for page in range(8) if any(os.pread(memfd, PAGE, page * PAGE))}
+        reply = ask_feature(client, GET | 8, request, argsz=40)
+        assert reply[:24] == request
+        assert {page for page in range(64) if reply[24 + page // 8] >> page % 8 & 1} == expected
+        assert ask_feature(client, SET | 7) == b""
+        with refused(errno.EINVAL):
+            ask_feature(client, GET | 8, request)
+
+
+def test_malformed_features_and_data(start: Callable[..., str]) -> None:
+    with Client(start(interface="migration-states")) as client:
+        for size in (0, 4, 7):
+            for command in (Command.DEVICE_FEATURE, Command.MIG_DATA_READ, Command.MIG_DATA_WRITE):
+                with refused(errno.EINVAL):
+                    client.ask(command, bytes(size))
+        with refused(errno.EINVAL):
+            ask_feature(client, GET | 1, argsz=15)
+        set_migration_state(client, 3)
+        for size, argsz in ((0, 8), (MAX_TRANSFER + 1, MAX_TRANSFER + 9), (0xFFFF_FFFF, 7), (100, 107)):
+            with refused(errno.EINVAL):
+                read_data(client, size, argsz)
+        assert len(read_data(client, 10_000, 0xFFFF_FFFF)) == 10_000
+        client.ask(Command.DEVICE_RESET)
+        set_migration_state(client, 4)
+        for said, sent in ((3, 4), (5, 4), (0xFFFF_FFFF, 4)):
+            with refused(errno.EINVAL):
+                client.ask(Command.MIG_DATA_WRITE, struct.pack("<II", 12, said) + bytes(sent))
+        write_data(client, b"")
+        write_data(client, b"VFS")
+        with refused(errno.EINVAL):
+            write_data(client, bytes(100))
+
+
+def test_the_state_outlives_the_client_and_its_log_does_not(start: Callable[..., str]) -> None:
+    path = start(interface="migration-states")
+    with Client(path) as client:
+        set_migration_state(client, 6)
+        head = read_data(client, 72)
+        ask_feature(client, SET | 6, struct.pack("<QII", PAGE, 0, 0))
+    with Client(path) as client:
+        assert ask_feature(client, GET | 2) == struct.pack("<Ii", 6, -1)
+        assert read_data(client, 72) != head
+        with refused(errno.EINVAL):
+            ask_feature(client, GET | 8, struct.pack("<QQQ", IOVA, PAGE, PAGE))
 
 
 def test_no_reply_means_none(path: str) -> None:
@@ -335,16 +470,18 @@ def test_a_message_may_come_byte_by_byte(path: str) -> None:
 
 @pytest.mark.parametrize("size", range(36))
 @pytest.mark.parametrize("fill", [b"\0", b"\xff"])
-def test_bodies_of_every_size_are_answered(path: str, size: int, fill: bytes) -> None:
-    with Client(path) as client:
+@pytest.mark.parametrize("interface", get_args(Interface))
+def test_bodies_of_every_size_are_answered(start: Callable[..., str], interface: str, size: int, fill: bytes) -> None:
+    with Client(start(interface=interface, states=("stop-copy",))) as client:
         numbers = set()
         for command in Command:
             try:
                 client.ask(command, fill * size)
             except OSError as error:
                 numbers.add(error.errno)
-        assert numbers <= {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOENT}
-        assert client.read(BAR0, 32, 4) == bytes(4)
+        assert numbers <= {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOENT, errno.ENOTTY}
+        running = {"four-region": 0, "migration-region": 1, "migration-states": 2}[interface]
+        assert client.read(BAR0, 32, 4) == struct.pack("<I", running)
 
 
 def open_fds() -> int:

@@ -1,7 +1,7 @@
 """When to stop the source: the precopy policy, and the estimate it decides on.
 
-Pure: no device, no transport, no clock. What is pending can't be asked of a four-region device without
-disturbing it, so it is estimated from what the last rounds found dirty.
+Pure: no device, no transport, no clock. What is pending in guest memory, and in a four-region device (which can't be
+asked without disturbing it), is estimated from what the last rounds found dirty. The other devices tell.
 """
 
 from __future__ import annotations
@@ -27,38 +27,51 @@ class RoundReport(NamedTuple):
     content: int
     """Bytes of device and guest memory that were sent."""
     total: int
-    """Bytes of the first round: more can't be pending."""
+    """Bytes of the first round, without those of devices that tell: more can't be pending."""
     collected: float
     """Seconds from the migration's start to when this round began to collect what is dirty."""
     ended: float
     """Seconds from the migration's start to when the target had taken the round."""
     previous: float | None
     """``collected`` of the round before; None in the first."""
+    told_content: int = 0
+    """Bytes of ``content`` that came from devices that tell what is pending."""
+    initial: int = 0
+    """Bytes that such devices say the target should have before the source stops."""
+    rest: int = 0
+    """Bytes that they would give beyond those if they were stopped now."""
+    speed: float = 0.0
+    """Throughput of the last round before this one that had content; 0 where there was none."""
 
     @property
     def throughput(self) -> float:
-        """Bytes of content a second, as the target took them."""
-        return self.content / max(self.ended - self.collected, 1e-6)
+        """Bytes of content a second, as the target took them; of a round without content, what was seen before it, 0
+        where nothing was.
+        """
+        return self.content / max(self.ended - self.collected, 1e-6) if self.content else self.speed
 
     @property
     def dirty_rate(self) -> float | None:
-        """Bytes dirtied a second; None in the first round, which finds everything."""
-        return None if self.previous is None else self.content / max(self.collected - self.previous, 1e-6)
+        """Bytes dirtied a second, apart from devices that tell; None in the first round, which finds everything."""
+        if self.previous is None:
+            return None
+        return (self.content - self.told_content) / max(self.collected - self.previous, 1e-6)
 
     @property
     def pending(self) -> int:
-        """Bytes that are dirty by now, estimated; never more than there is."""
+        """Bytes that are dirty by now: as told, and estimated for the rest, of which it is never more than there is."""
         rate = self.dirty_rate
-        return self.total if rate is None else min(self.total, round(rate * (self.ended - self.collected)))
+        estimated = self.total if rate is None else min(self.total, round(rate * (self.ended - self.collected)))
+        return self.initial + self.rest + estimated
 
     @property
     def expected_downtime(self) -> float:
         """Seconds that sending what is pending takes, if the link stays as it was in this round. The devices' own times
-        for stopping and starting come on top.
+        for stopping and starting come on top. Infinite where nothing was sent yet, so that nothing is known.
         """
         if self.pending == 0:
             return 0.0
-        return self.pending / self.throughput if self.content else float("inf")
+        return self.pending / self.throughput if self.throughput else float("inf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +104,10 @@ class Precopy:
 
     def judge(self, report: RoundReport) -> Verdict:
         """Say what follows after a round."""
-        if report.expected_downtime <= self.downtime_limit:
+        if report.expected_downtime <= self.downtime_limit and not report.initial:
             return Verdict.SWITCHOVER
+        if not report.throughput:
+            return Verdict.SWITCHOVER  # The devices give nothing while they run: more rounds would show nothing more.
         if report.number >= self.max_rounds or (self.max_time is not None and report.ended >= self.max_time):
             return _OTHERWISE[self.otherwise]
         return Verdict.CONTINUE

@@ -17,10 +17,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vfiostream.access.contract import Access, DeviceInfo, MappedArea, RegionInfo
+from vfiostream.access.contract import Access, DeviceInfo, MappedArea, MigrationData, RegionInfo
 from vfiostream.access.mapping import CannotMap, Mapping
 from vfiostream.access.vfio_user_channel import Channel
 from vfiostream.access.vfio_user_dma import MAX_TRANSFER, GuestMemory
+from vfiostream.access.vfio_user_feature import Features
 from vfiostream.buffers import Buffer
 from vfiostream.errors import DeviceBroken, DeviceLost, DeviceRefused, DeviceTimeout, UsageError
 from vfiostream.uapi.vfio import (
@@ -34,6 +35,7 @@ from vfiostream.uapi.vfio import (
     REGION_FLAG_WRITE,
     REGION_INFO,
     BadCapabilityChain,
+    FeatureOperation,
     parse_capabilities,
 )
 from vfiostream.uapi.vfio_user import (
@@ -127,6 +129,7 @@ class VfioUserAccess(Access):
         self._memory = memory
         self._server = server
         self._timeout = timeout
+        self._features = Features(channel, server.max_transfer, timeout)
         self._regions: dict[int, RegionInfo] = {}
         self._region_fds: dict[int, int] = {}
         """Descriptors of regions that are not mapped yet."""
@@ -205,7 +208,26 @@ class VfioUserAccess(Access):
         self._memory.unmap(iova, length)
 
     async def reset(self) -> None:
+        self._features.was_reset()
         await self._channel.call("resetting the device", Command.DEVICE_RESET, timeout=self._timeout)
+
+    async def feature(self, operation: FeatureOperation, feature: int, data: bytes = b"", size: int = 0) -> bytes:
+        return await self._features.do(operation, feature, data, size)
+
+    async def set_migration_state(self, state: int) -> MigrationData | None:
+        return await self._features.set_state(state)
+
+    async def can_log_dma(self) -> bool:
+        return await self._features.can_log()
+
+    async def start_dma_log(self, page_size: int, ranges: Sequence[tuple[int, int]]) -> None:
+        await self._features.start_log(page_size, ranges)
+
+    async def read_dma_log(self, iova: int, length: int, page_size: int, bitmap: memoryview) -> None:
+        await self._features.read_log(iova, length, page_size, bitmap)
+
+    async def stop_dma_log(self) -> None:
+        await self._features.stop_log()
 
     async def aclose(self) -> None:
         try:

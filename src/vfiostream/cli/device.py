@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, get_args
 
 import click
 
@@ -15,9 +15,13 @@ from vfiostream.cli.run import Output, Run, carry_out
 from vfiostream.cli.values import option_size, option_time, option_type, parse_rate, parse_size, parse_time
 from vfiostream.devices import open_device
 from vfiostream.vendor.server import serve as serve_device
-from vfiostream.vendor.settings import Settings, parse_fault
+from vfiostream.vendor.settings import Interface, Settings, parse_fault
 
 _DEFAULTS = Settings()
+
+
+def _parse_states(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
 
 
 @click.group
@@ -43,6 +47,15 @@ def _choice(name: str, choices: tuple[str, ...], default: str, text: str) -> Dec
 
 @device.command
 @click.argument("socket", type=click.Path(dir_okay=False))
+@_choice("--interface", get_args(Interface), _DEFAULTS.interface, "What the driver speaks.")
+@click.option(
+    "--states",
+    type=option_type(_parse_states),
+    metavar="LIST",
+    default=",".join(_DEFAULTS.states),
+    show_default=True,
+    help="What a driver of migration-states has beside RUNNING, STOP and RESUMING.",
+)
 @_size("--memory", _DEFAULTS.memory, "Device memory; 0 for a device without.")
 @_size("--config", _DEFAULTS.config, "Config.")
 @click.option(

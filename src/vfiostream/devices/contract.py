@@ -30,7 +30,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from vfiostream._accel import copy
 from vfiostream.buffers import Buffer
 from vfiostream.closing import Closing
 
@@ -95,6 +94,10 @@ class Device(Closing):
     async def start_precopy(self) -> None:
         """Start tracking what changes; the device goes on running. What an earlier session left behind is forgotten:
         the first round is the whole. Guest memory was mapped before.
+
+        A device that is found stopped, where its interface says so, raises
+        :class:`~vfiostream.errors.Incompatible`: another may run with its state. It is left as it is, and
+        :meth:`resume` then leaves it, too; open it anew to let it run.
         """
 
     @abstractmethod
@@ -144,6 +147,7 @@ class Device(Closing):
     async def quiesce(self) -> None:
         """Make no accesses to other devices any more (or not yet, on the way back and on the target), while it still
         answers theirs: ``RUNNING_P2P`` and ``PRE_COPY_P2P``. Does nothing where the interface has no such state.
+        Quiet is running: on the target it comes after the commit.
         """
 
     @abstractmethod
@@ -212,18 +216,11 @@ class Device(Closing):
     async def deliver(self) -> None:
         """Let the driver take what is there: a region is full, or the capture or config ends."""
 
+    @abstractmethod
     async def write(self, data: Buffer) -> None:
         """Give ``data`` as the next bytes of the capture or config. More than was announced is a
         :class:`~vfiostream.errors.LocalProtocolError`.
         """
-        rest = memoryview(data)
-        while rest:
-            with self.room(len(rest)) as room:
-                count = len(room)
-                copy(room, rest[:count])
-            if self.fill(count or len(rest)):  # without any room, it says what is wrong
-                await self.deliver()
-            rest = rest[count:]
 
     @abstractmethod
     async def begin_config(self, size: int) -> None:

@@ -1,23 +1,18 @@
 """The control region: the twelve operations of the four-region interface, one method each.
 
-Every access to it is trapped: a call returns when the driver has done what it asks for. Each operation leaves a DEBUG
-event, and where the driver refuses it, the error names the operation instead of bytes at an offset.
+Every access to it is trapped: a call returns when the driver has done what it asks for.
 """
 
 from __future__ import annotations
 
 import errno
-import logging
 import struct
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from types import MappingProxyType
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 
 from vfiostream.access.contract import Access
-from vfiostream.errors import DeviceLost, DeviceRefused, DeviceTimeout
+from vfiostream.devices.operations import NO_HINTS, operation
 from vfiostream.uapi.four_region import Action, ControlLayout, State
-
-logger = logging.getLogger("vfiostream.device")
 
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
@@ -25,19 +20,6 @@ _BITMAP_REQUEST = struct.Struct("<QQ")
 
 _SMALLER = "does this device have less memory, or another kind, than the source?"
 _SIZE_HINTS = {errno.ENOSPC: _SMALLER, errno.EINVAL: _SMALLER}
-_NO_HINTS: Mapping[int, str] = MappingProxyType({})
-
-
-@contextmanager
-def operation(device: str, what: str, hints: Mapping[int, str] = _NO_HINTS) -> Iterator[None]:
-    """Trace one operation on ``device``, and name it ``what`` if it fails; ``hints`` by errno of a refusal."""
-    logger.debug("%s: %s", device, what)
-    try:
-        yield
-    except DeviceRefused as error:
-        raise DeviceRefused(device, what, error.errno, hints.get(error.errno, "")) from error
-    except (DeviceLost, DeviceTimeout) as error:
-        raise type(error)(f"{what}: {error}") from error
 
 
 class Control:
@@ -107,7 +89,7 @@ class Control:
         with self._operation(f"get dirty bitmap of {pages} pages at {start:#x}"):
             await self._write(self._layout.start_addr, _BITMAP_REQUEST.pack(start, pages))
 
-    def _operation(self, what: str, hints: Mapping[int, str] = _NO_HINTS) -> AbstractContextManager[None]:
+    def _operation(self, what: str, hints: Mapping[int, str] = NO_HINTS) -> AbstractContextManager[None]:
         return operation(self._access.name, what, hints)
 
     async def _read(self, offset: int, field: struct.Struct) -> int:

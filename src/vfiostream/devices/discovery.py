@@ -8,15 +8,16 @@ what is missing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from vfiostream.access.contract import Access, RegionInfo
-from vfiostream.devices import pci
 from vfiostream.devices.contract import DeviceDescription, PciIdentity
-from vfiostream.devices.control import Control, operation
+from vfiostream.devices.control import Control
+from vfiostream.devices.operations import blocker, operation
+from vfiostream.devices.pci_space import PciSpace
 from vfiostream.devices.regions import Region
-from vfiostream.errors import Incompatible
 from vfiostream.uapi.four_region import (
     INTERFACE_VERSION,
     MAX_VERSION,
@@ -28,7 +29,7 @@ from vfiostream.uapi.four_region import (
     ControlLayout,
     Subtype,
 )
-from vfiostream.uapi.vfio import PCI_CONFIG_REGION, REGION_TYPE_PCI_VENDOR
+from vfiostream.uapi.vfio import REGION_TYPE_PCI_VENDOR
 
 LayoutName: TypeAlias = Literal["natural", "packed"]
 
@@ -45,27 +46,26 @@ class Found:
     bitmap: Region | None
     version: RegionInfo | None
     """Where the driver's version string is read, and foreign ones are checked."""
-    pci: RegionInfo | None
-    """PCI config space."""
+    pci: PciSpace | None
     description: DeviceDescription
 
 
-async def discover(access: Access, layout: LayoutName | None) -> Found:
-    """Find the interface on the device behind ``access``; raises Incompatible, and what an access raises."""
-    infos = [await access.region_info(index) for index in range(access.info.num_regions)]
+async def discover(access: Access, infos: Sequence[RegionInfo], layout: LayoutName | None) -> Found:
+    """Find the interface on the device behind ``access``, which has these regions; raises Incompatible, and what an
+    access raises.
+    """
     regions = _by_subtype(access.name, [info for info in infos if info.type == REGION_TYPE and info.size])
     control_info, config_info = regions[Subtype.CONTROL], regions[Subtype.CONFIG]
     control = Control(access, control_info.index, _layout(access.name, control_info.size, layout))
     if (version := await control.get_version()) != INTERFACE_VERSION:
-        raise _blocker(access.name, f"its driver speaks version {version} of the interface, not {INTERFACE_VERSION}")
+        raise blocker(access.name, f"its driver speaks version {version} of the interface, not {INTERFACE_VERSION}")
     caps = _known_caps(access.name, await control.get_caps(), regions)
     config_size = await control.get_config_size()
     if config_size > config_info.size:
-        raise _blocker(access.name, f"its config of {config_size} bytes does not fit its region of {config_info.size}")
+        raise blocker(access.name, f"its config of {config_size} bytes does not fit its region of {config_info.size}")
 
-    pci_info = _pci_config_region(access.name, infos) if access.info.is_pci else None
-    identity = None if pci_info is None else await _identify(access, pci_info)
-    version_info = None if identity is None else _version_region(infos, identity)
+    pci = await PciSpace.find(access, infos)
+    version_info = None if pci is None else _version_region(infos, pci.identity)
     memory_info, bitmap_info = regions.get(Subtype.MEMORY), regions.get(Subtype.BITMAP)
     return Found(
         control=control,
@@ -73,25 +73,17 @@ async def discover(access: Access, layout: LayoutName | None) -> Found:
         memory=None if memory_info is None else await Region.open(access, memory_info, "memory region"),
         bitmap=None if bitmap_info is None else await Region.open(access, bitmap_info, "bitmap region"),
         version=version_info,
-        pci=pci_info,
+        pci=pci,
         description=DeviceDescription(
             interface="four-region",
-            version=None if version_info is None else await _read_version(access, version_info),
+            version=await (access.version() if version_info is None else _read_version(access, version_info)),
             device_memory=Caps.DEVICE_MEMORY in caps,
             dirty_tracking=Caps.SYSTEM_MEMORY in caps,
             config_size=config_size,
             config_limit=config_info.size,
-            pci=identity,
+            pci=None if pci is None else pci.identity,
         ),
     )
-
-
-async def read_pci_config(access: Access, info: RegionInfo) -> bytes:
-    """All of PCI config space, which is region ``info``."""
-    config = bytearray(info.size)
-    with operation(access.name, "read PCI config space"):
-        await access.read_into(info.index, 0, memoryview(config))
-    return bytes(config)
 
 
 def _by_subtype(name: str, infos: list[RegionInfo]) -> dict[Subtype, RegionInfo]:
@@ -99,24 +91,22 @@ def _by_subtype(name: str, infos: list[RegionInfo]) -> dict[Subtype, RegionInfo]
     regions: dict[Subtype, RegionInfo] = {}
     for info in infos:
         if info.subtype not in tuple(Subtype):
-            raise _blocker(name, f"region {info.index} has the interface's type and the unknown subtype {info.subtype}")
+            raise blocker(name, f"region {info.index} has the interface's type and the unknown subtype {info.subtype}")
         subtype = Subtype(info.subtype)
         if subtype in regions:
-            raise _blocker(
-                name, f"it has two {subtype.name.lower()} regions, {regions[subtype].index} and {info.index}"
-            )
+            raise blocker(name, f"it has two {subtype.name.lower()} regions, {regions[subtype].index} and {info.index}")
         if not info.readable or not (info.writable or subtype is Subtype.BITMAP):
-            raise _blocker(name, f"its {subtype.name.lower()} region, {info.index}, can't be both read and written")
+            raise blocker(name, f"its {subtype.name.lower()} region, {info.index}, can't be both read and written")
         regions[subtype] = info
     for subtype in (Subtype.CONTROL, Subtype.CONFIG):
         if subtype not in regions:
-            raise _blocker(name, f"it has no {subtype.name.lower()} region (type {REGION_TYPE}, subtype {subtype})")
+            raise blocker(name, f"it has no {subtype.name.lower()} region (type {REGION_TYPE}, subtype {subtype})")
     return regions
 
 
 def _layout(name: str, size: int, wanted: LayoutName | None) -> ControlLayout:
     if size != PACKED.size and size < NATURAL.size:
-        raise _blocker(
+        raise blocker(
             name,
             f"its control region has {size} bytes, not {PACKED.size} or at least {NATURAL.size} as the interface has",
         )
@@ -125,44 +115,24 @@ def _layout(name: str, size: int, wanted: LayoutName | None) -> ControlLayout:
     if size >= NATURAL.size:
         return NATURAL
     if wanted == "natural":
-        raise _blocker(name, f"its control region has {size} bytes, too few for the natural layout that was asked for")
+        raise blocker(name, f"its control region has {size} bytes, too few for the natural layout that was asked for")
     return PACKED
 
 
 def _known_caps(name: str, value: int, regions: dict[Subtype, RegionInfo]) -> Caps:
     if value & ~_KNOWN_CAPS:
-        raise _blocker(name, f"its driver has capabilities that are not known here ({value:#x})")
+        raise blocker(name, f"its driver has capabilities that are not known here ({value:#x})")
     caps = Caps(value)
     for cap, subtype in ((Caps.DEVICE_MEMORY, Subtype.MEMORY), (Caps.SYSTEM_MEMORY, Subtype.BITMAP)):
         region = subtype.name.lower()
         if cap in caps and subtype not in regions:
-            raise _blocker(name, f"its driver has the capability {cap.name} and no {region} region")
+            raise blocker(name, f"its driver has the capability {cap.name} and no {region} region")
         if cap not in caps and subtype in regions:
-            raise _blocker(name, f"it has a {region} region and its driver does not have the capability {cap.name}")
+            raise blocker(name, f"it has a {region} region and its driver does not have the capability {cap.name}")
     return caps
 
 
-def _pci_config_region(name: str, infos: list[RegionInfo]) -> RegionInfo:
-    if len(infos) <= PCI_CONFIG_REGION:
-        raise _blocker(name, "it is a PCI device without config space")
-    info = infos[PCI_CONFIG_REGION]
-    if not (pci.MIN_SIZE <= info.size <= pci.MAX_SIZE and info.readable and info.writable):
-        raise _blocker(
-            name,
-            f"its PCI config space of {info.size} bytes is not one of {pci.MIN_SIZE} to {pci.MAX_SIZE} to be read "
-            "and written",
-        )
-    return info
-
-
-async def _identify(access: Access, info: RegionInfo) -> PciIdentity:
-    try:
-        return pci.identity(await read_pci_config(access, info))
-    except Incompatible as error:
-        raise _blocker(access.name, str(error)) from error
-
-
-def _version_region(infos: list[RegionInfo], identity: PciIdentity) -> RegionInfo | None:
+def _version_region(infos: Sequence[RegionInfo], identity: PciIdentity) -> RegionInfo | None:
     """A vendor's types are the vendor's, and ours is only one use of them: Intel's subtype 1 is a graphics OpRegion.
     So size and access must fit as well.
     """
@@ -180,9 +150,5 @@ async def _read_version(access: Access, info: RegionInfo) -> str | None:
     try:
         version = raw.rstrip(b"\0").decode()
     except UnicodeDecodeError as error:
-        raise _blocker(access.name, "its driver's version string is not UTF-8") from error
+        raise blocker(access.name, "its driver's version string is not UTF-8") from error
     return version or None
-
-
-def _blocker(name: str, problem: str) -> Incompatible:
-    return Incompatible(f"{name} can't be moved: {problem}")

@@ -11,7 +11,12 @@ from typing import Self
 
 from vfiostream._accel import copy
 from vfiostream.access.contract import Access, MappedArea, RegionInfo
-from vfiostream.devices.control import operation
+from vfiostream.devices.operations import operation
+
+
+async def regions_of(access: Access) -> list[RegionInfo]:
+    """All regions of the device behind ``access``, by their indexes."""
+    return [await access.region_info(index) for index in range(access.info.num_regions)]
 
 
 class Region:
@@ -19,63 +24,51 @@ class Region:
 
     def __init__(self, access: Access, info: RegionInfo, name: str, areas: Sequence[MappedArea]) -> None:
         """``areas`` are ordered by offset and do not overlap; they belong to the access."""
+        self.index = info.index
         self.size = info.size
         self._access = access
-        self._index = info.index
         self._name = name
         self._areas = tuple(areas)
-        self._buffer = bytearray()
-        """For what is not mapped; as large as the largest piece that was asked for."""
 
     @classmethod
     async def open(cls, access: Access, info: RegionInfo, name: str) -> Self:
         return cls(access, info, name, await access.map(info))
 
+    def view(self, offset: int, most: int) -> memoryview | None:
+        """The bytes from ``offset`` on, at least one and at most ``most``, where they are mapped; None where they are
+        not: then :meth:`read` and :meth:`write` get at them. The driver does not look at them before it is told to.
+        """
+        return self._piece(offset, most)[1]
+
     async def read(self, offset: int, into: memoryview) -> None:
         """Fill ``into`` from ``offset`` on."""
         done = 0
         while done < len(into):
-            with await self.next(offset + done, len(into) - done) as piece:
-                copy(into[done : done + len(piece)], piece)
-                done += len(piece)
+            end, mapped = self._piece(offset + done, len(into) - done)
+            piece = into[done : end - offset]
+            if mapped is not None:
+                copy(piece, mapped)
+            else:
+                with operation(self._access.name, f"read {len(piece)} bytes of its {self._name} at {offset + done}"):
+                    await self._access.read_into(self.index, offset + done, piece)
+            done += len(piece)
 
-    async def next(self, offset: int, most: int) -> memoryview:
-        """The bytes from ``offset`` on, at least one and at most ``most``: in place where they are mapped, else read
-        into a buffer of this region, which the next call uses again.
-        """
-        end, mapped = self._piece(offset, most)
-        if mapped is not None:
-            return mapped
-        read = self._unmapped(end - offset)
-        with operation(self._access.name, f"read {len(read)} bytes of its {self._name} at {offset}"):
-            await self._access.read_into(self._index, offset, read)
-        return read
-
-    def room(self, offset: int, most: int) -> memoryview:
-        """Where bytes are to be put that are for ``offset`` and on, at least one and at most ``most``. The driver does
-        not look at them before it is told to.
-        """
-        end, mapped = self._piece(offset, most)
-        return self._unmapped(end - offset) if mapped is None else mapped
-
-    def is_mapped(self, offset: int) -> bool:
-        """Whether what is put in the room at ``offset`` is in the region with that, and :meth:`send` not needed."""
-        return self._piece(offset, 1)[1] is not None
-
-    async def send(self, offset: int, count: int) -> None:
-        """Write the first ``count`` bytes of the unmapped :meth:`room` at ``offset`` to the region."""
-        data = self._unmapped(count)
-        with operation(self._access.name, f"write {count} bytes of its {self._name} at {offset}"):
-            await self._access.write(self._index, offset, data)
+    async def write(self, offset: int, data: memoryview) -> None:
+        """Put ``data`` in the region from ``offset`` on."""
+        done = 0
+        while done < len(data):
+            end, mapped = self._piece(offset + done, len(data) - done)
+            piece = data[done : end - offset]
+            if mapped is not None:
+                copy(mapped, piece)
+            else:
+                with operation(self._access.name, f"write {len(piece)} bytes of its {self._name} at {offset + done}"):
+                    await self._access.write(self.index, offset + done, piece)
+            done += len(piece)
 
     def forget_areas(self) -> None:
         """To be called before the access is closed."""
         self._areas = ()
-
-    def _unmapped(self, size: int) -> memoryview:
-        if len(self._buffer) < size:
-            self._buffer = bytearray(size)
-        return memoryview(self._buffer)[:size]
 
     def _piece(self, offset: int, most: int) -> tuple[int, memoryview | None]:
         """Where the first piece of a stretch ends, and the memory it is mapped to, if it is."""

@@ -43,6 +43,11 @@ class Lease:
         self.view = memoryview(memory)[:size]
         """The bytes; the lease holder's until :meth:`release`."""
 
+    def cut(self, size: int) -> None:
+        """Keep the first ``size`` bytes in view: there are no more to be used. What is charged stays."""
+        whole, self.view = self.view, self.view[:size]
+        whole.release()
+
     def release(self) -> None:
         """Give the bytes back; once."""
         self.view.release()

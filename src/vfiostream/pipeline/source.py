@@ -23,7 +23,7 @@ from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStre
 
 from vfiostream import _accel
 from vfiostream.buffers import Buffer
-from vfiostream.devices.contract import Device
+from vfiostream.devices.contract import Device, Pending
 from vfiostream.ending import to_the_end
 from vfiostream.errors import (
     ConnectionLost,
@@ -101,10 +101,14 @@ class Source:
         self._hello = hello
         self._line = Outbound(transport, self._session, settings, progress)
         self._captures = dict.fromkeys((stream for stream, _ in self._devices), 0)
+        self._given = dict.fromkeys((stream for stream, _ in self._devices), 0)
+        """Bytes of captures and config so far, by stream."""
         self._round = 0
         self._tracking = False
         self._started = False
         """The devices were told to track: whatever happens now, they have to be told to run on."""
+        self._quiet = False
+        """The devices were told to be quiet on their way to the stop: on the way back they are, too."""
         self._paused = False
         self._committed = False
         """The target may have the devices: the source is not to run, until the target says that it never will."""
@@ -222,16 +226,30 @@ class Source:
 
     async def _precopy(self) -> None:
         """Rounds with the devices running, until the policy says stop."""
-        total, previous = 0, None
+        total, previous, speed = None, None, 0.0
         while True:
             collected = monotonic() - self._began
-            before = self._line.content
+            before, given = self._line.content, dict(self._given)
             await self._send_round()
             ended = monotonic() - self._began
+            told = await self._ask_pending()
             content = self._line.content - before
-            total = total or content
-            report = RoundReport(self._round, content, total, collected, ended, previous)
-            previous = collected
+            told_content = sum(self._given[stream] - given[stream] for stream in told)
+            if total is None:
+                total = content - told_content
+            report = RoundReport(
+                self._round,
+                content,
+                total,
+                collected,
+                ended,
+                previous,
+                told_content,
+                sum(pending.initial for pending in told.values()),
+                sum(pending.rest for pending in told.values()),
+                speed,
+            )
+            previous, speed = collected, report.throughput
             self._progress.pending = report.pending
             self._progress.dirty_rate = report.dirty_rate
             self._progress.throughput = report.throughput
@@ -247,13 +265,21 @@ class Source:
                     "runs: allow a longer downtime, more rounds or more bandwidth"
                 )
 
+    async def _ask_pending(self) -> dict[int, Pending]:
+        """By stream: what the devices that can be asked still have to give."""
+        told = {stream: await device.pending() for stream, device in self._devices}
+        return {stream: pending for stream, pending in told.items() if pending is not None}
+
     async def _stop_and_copy(self) -> Downtime:
         times = [monotonic()]
         self._progress.phase = "stop-and-copy"
-        self._line.moved_at = self._stopped_at = anyio.current_time()
+        self._line.moved_at = self._stopped_at = monotonic()
         self._paused = True
         await self._ask_guest("pause", self._guest.pause)
         times.append(monotonic())
+        self._quiet = True
+        for _, device in self._devices:
+            await device.quiesce()
         for _, device in self._devices:
             await device.stop()
         times.append(monotonic())
@@ -281,9 +307,7 @@ class Source:
         self._progress.round = self._round
         self._progress.round_content = 0
         self._line.put(Round(self._round))
-        for stream, device in self._devices:
-            if device.description.device_memory:
-                await self._send_capture(stream, device)
+        await self._send_captures()
         for stream, area in self._ranges:
             await self._send_pages(stream, area)
         self._line.put(RoundEnd(self._round))
@@ -294,36 +318,83 @@ class Source:
         else:
             await self._line.flushed()
 
-    async def _send_capture(self, stream: int, device: Device) -> None:
+    async def _send_captures(self) -> None:
+        """What the devices have to give in this round: of several at once, as each has a driver of its own to wait
+        for.
+        """
+        given = [(stream, device) for stream, device in self._devices if device.description.device_memory]
+        if len(given) == 1:
+            await self._send_device(*given[0])
+            return
+        async with anyio.create_task_group() as tasks:
+            for stream, device in given:
+                tasks.start_soon(self._send_device, stream, device)
+
+    async def _send_device(self, stream: int, device: Device) -> None:
+        await device.begin_round()
         size = await device.capture()
-        self._captures[stream] += 1
-        self._line.put(Capture(stream, self._captures[stream], size))
-        await self._send_content(device, size, lambda pos: Memory(stream, pos))
+        while True:
+            self._captures[stream] += 1
+            self._line.put(Capture(stream, self._captures[stream], size))
+            if size == 0:
+                return
+            await self._send_content(stream, device, size, lambda pos: Memory(stream, pos))
+            size = await device.capture()
+            if size == 0:
+                return
 
     async def _send_config(self, stream: int, device: Device) -> None:
         pci = await device.read_pci_config()
         if pci is not None:
             await self._line.carry(Pci(stream), memoryview(pci))
         size = await device.capture_config()
-        await self._send_content(device, size, lambda pos: Config(stream, pos, size))
+        if size:
+            await self._send_content(stream, device, size, lambda pos: Config(stream, pos, size))
 
-    async def _send_content(self, device: Device, size: int, record: Callable[[int], Memory | Config]) -> None:
+    async def _send_content(
+        self, stream: int, device: Device, size: int | None, record: Callable[[int], Memory | Config]
+    ) -> None:
         """Send a capture or the config; ``record`` makes the record of what begins at a position."""
         pos = 0
         while True:
             asked = monotonic()
             content = await device.next(self._session.chunk)
-            if not content:
+            if content is None:
+                count = await self._send_read(device, record(pos))
+            elif content:
+                self._line.driver.add(len(content), monotonic() - asked)
+                self._check_size(device, size, pos + len(content))
+                # Not released where this fails: the sender may be in the middle of it, and ends the frame.
+                await self._line.carry(record(pos), content)
+                count = len(content)
+                content.release()
+            else:
+                count = 0
+            if not count:
                 break
-            self._line.driver.add(len(content), monotonic() - asked)
-            if len(content) > size - pos:
-                raise DeviceBroken(f"{device.name}: the device's state goes on beyond the size it told")
-            # Not released where this fails: the sender may be in the middle of it, and ends the frame.
-            await self._line.carry(record(pos), content)
-            pos += len(content)
-            content.release()
-        if pos != size:
+            pos += count
+            self._given[stream] += count
+            self._check_size(device, size, pos)
+        if size is not None and pos != size:
             raise DeviceBroken(f"{device.name}: the device's state ends {size - pos} bytes before the size it told")
+
+    async def _send_read(self, device: Device, record: Memory | Config) -> int:
+        """Send the next bytes, which do not lie in memory; returns how many, 0 at the end."""
+        lease = await self._line.take(self._session.chunk)
+        asked = monotonic()
+        count = await device.read(lease.view)
+        if not count:
+            lease.release()
+            return 0
+        self._line.driver.add(count, monotonic() - asked)
+        lease.cut(count)
+        self._line.put_read(record, lease)
+        return count
+
+    @staticmethod
+    def _check_size(device: Device, size: int | None, end: int) -> None:
+        if size is not None and end > size:
+            raise DeviceBroken(f"{device.name}: the device's state goes on beyond the size it told")
 
     async def _send_pages(self, stream: int, area: GuestRange) -> None:
         for page in range(0, area.pages, limits.MAX_BITMAP_PAGES):
@@ -391,7 +462,7 @@ class Source:
         source's own devices take is not the target's fault.
         """
         while True:
-            now = anyio.current_time()
+            now = monotonic()
             limit = max(self._line.moved_at, self._stopped_at) + self._settings.patience
             if self._stopped_at == math.inf or not (self._line.waiting or self._awaited):
                 limit = now + self._settings.patience
@@ -400,7 +471,7 @@ class Source:
                     f"{self._transport.address}: the target took nothing for {self._settings.patience:g} s while the "
                     "source was stopped; see whether it hangs"
                 )
-            await anyio.sleep_until(limit)
+            await anyio.sleep(limit - now)
 
     # ---- after: the commit
 
@@ -458,25 +529,39 @@ class Source:
         """Let the devices run on, then the guest. Never half: every device is tried, and what failed can be tried
         again.
         """
-        failed: list[VfiostreamError] = []
+        failed: Sequence[VfiostreamError] = ()
         with anyio.CancelScope(shield=True):
             if self._started:
-                for _, device in self._devices:
-                    try:
-                        await device.resume()
-                    except VfiostreamError as error:
-                        failed.append(error)
+                failed = await self._run_on()
             if not failed:
-                self._started = False
+                self._started = self._quiet = False
                 await self._stop_tracking()
                 if self._paused:
                     try:
                         await self._ask_guest("run on", self._guest.resume, self._settings.patience)
                         self._paused = False
                     except VfiostreamError as error:
-                        failed.append(error)
+                        failed = (error,)
         if failed:
             raise failed[0] if len(failed) == 1 else SourceStuck("; ".join(map(str, failed)))
+
+    async def _run_on(self) -> Sequence[VfiostreamError]:
+        """Let every device run on; returns what failed. That one is not quiet on the way is no reason to leave it
+        stopped, so it counts only where it does not run then.
+        """
+        failed = []
+        if self._quiet:
+            for _, device in self._devices:
+                try:
+                    await device.quiesce()
+                except VfiostreamError as error:
+                    log.debug("%s: %s", device.name, error)
+        for _, device in self._devices:
+            try:
+                await device.resume()
+            except VfiostreamError as error:
+                failed.append(error)
+        return failed
 
     async def _stop_tracking(self) -> None:
         """The guest need not track any more. That this fails changes nothing."""

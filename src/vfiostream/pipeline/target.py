@@ -496,6 +496,8 @@ class Target:
         try:
             with anyio.fail_after(self._settings.patience):
                 for device in self._devices.values():
+                    await device.quiesce()
+                for device in self._devices.values():
                     await device.run()
         except (VfiostreamError, TimeoutError) as error:
             raise await self._refuse(error) from error

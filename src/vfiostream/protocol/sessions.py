@@ -174,8 +174,8 @@ def _step(record: Record) -> Step:
 @dataclass(slots=True)
 class _DeviceProgress:
     captures: int = 0
-    left: int = 0
-    """Bytes of the open capture that are still to come."""
+    left: int | None = 0
+    """Bytes of the open capture that are still to come; None while only its end will tell."""
     pos: int = 0
     pci: bool = False
     config_size: int = 0
@@ -192,8 +192,8 @@ class _RangeProgress:
     """Pages in this round."""
 
 
-def _misplaced(size: int, pos: int, left: int, expected: int) -> str:
-    return f"has {size} bytes at {pos}, where {left} bytes at {expected} are to come"
+def _misplaced(size: int, pos: int, left: int | None, expected: int) -> str:
+    return f"has {size} bytes at {pos}, where {'' if left is None else f'{left} '}bytes at {expected} are to come"
 
 
 class _Contents:
@@ -209,6 +209,21 @@ class _Contents:
 
     def take(self, record: Record, content_size: int, bitmap: Buffer | None) -> None:
         match record:
+            case Memory():
+                device = self._device(record.stream)[1]
+                if record.pos != device.pos or (device.left is not None and content_size > device.left):
+                    raise ValueError(_misplaced(content_size, record.pos, device.left, device.pos))
+                device.pos += content_size
+                if device.left is not None:
+                    device.left -= content_size
+                self.content += content_size
+            case Pages():
+                guest = self._range(record.stream)[1]
+                if record.pos != guest.pos or content_size > guest.left or content_size % limits.PAGE_SIZE:
+                    raise ValueError(_misplaced(content_size, record.pos, guest.left, guest.pos))
+                guest.pos += content_size
+                guest.left -= content_size
+                self.content += content_size
             case Round():
                 if record.number != self.rounds + 1:
                     raise ValueError(f"starts round {record.number}, round {self.rounds + 1} is next")
@@ -217,23 +232,9 @@ class _Contents:
                     guest.next_page = guest.announced = 0
             case Capture():
                 self._capture(record)
-            case Memory():
-                device = self._device(record.stream)[1]
-                if record.pos != device.pos or content_size > device.left:
-                    raise ValueError(_misplaced(content_size, record.pos, device.left, device.pos))
-                device.pos += content_size
-                device.left -= content_size
-                self.content += content_size
             case Bitmap():
                 assert bitmap is not None
                 self._bitmap(record, bitmap)
-            case Pages():
-                guest = self._range(record.stream)[1]
-                if record.pos != guest.pos or content_size > guest.left or content_size % limits.PAGE_SIZE:
-                    raise ValueError(_misplaced(content_size, record.pos, guest.left, guest.pos))
-                guest.pos += content_size
-                guest.left -= content_size
-                self.content += content_size
             case RoundEnd():
                 self._round_end(record)
             case Pci():
@@ -297,6 +298,7 @@ class _Contents:
         for entry, device in self._devices.values():
             if device.left:
                 raise ValueError(f"comes while {device.left} bytes of {entry.name} are missing")
+            device.left = 0
             if self.rounds == 1 and entry.device_memory and not device.captures:
                 raise ValueError(f"ends the first round without a capture of {entry.name}")
         for area, guest in self._ranges.values():
@@ -486,7 +488,7 @@ class _Session:
             raise LocalProtocolError(f"{record.type.name} {error}") from error
         self._move(_step(record))
         self._sent += 1
-        stream = record.stream if isinstance(record, records.Streamed) else 0
+        stream = records.stream_of(record)
         frame = framing.pack_frame(
             record.type,
             stream,

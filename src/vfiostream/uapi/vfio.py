@@ -46,6 +46,10 @@ MIGRATION_INFO = struct.Struct("<IIQQQ")
 """``vfio_device_migration_info``, at the start of that region: device_state, reserved, pending_bytes, data_offset,
 data_size.
 """
+MIGRATION_INFO_DEVICE_STATE = 0
+MIGRATION_INFO_PENDING_BYTES = 8
+MIGRATION_INFO_DATA_OFFSET = 16
+MIGRATION_INFO_DATA_SIZE = 24
 
 
 class RegionState(IntFlag):
@@ -99,6 +103,8 @@ class MigrationState(IntEnum):
 
 FEATURE = struct.Struct("<II")
 """``vfio_device_feature``: argsz, flags (the feature's number and FeatureOperation)."""
+FEATURE_MASK = 0xFFFF
+"""The feature's number in ``flags``."""
 FEATURE_MIGRATION = struct.Struct("<Q")
 """MigrationFlags."""
 FEATURE_MIG_STATE = struct.Struct("<Ii")

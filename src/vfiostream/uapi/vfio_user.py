@@ -65,6 +65,8 @@ REGION_ACCESS = struct.Struct("=QII")
 """offset, region, count; the data follows in a write and in a read's reply."""
 DMA_ACCESS = struct.Struct("=QQ")
 """address, count; the data follows in a write and in a read's reply."""
+MIG_DATA = struct.Struct("=II")
+"""argsz, size; the data follows in MIG_DATA_WRITE and in MIG_DATA_READ's reply, which may be longer than ``size``."""
 VERSION = struct.Struct("=HH")
 """major, minor; then JSON and a NUL."""
 

@@ -117,6 +117,16 @@ class GuestMemory:
             done += count
         return bits.to_bytes((pages + 7) // 8, "little")
 
+    def take_mapped_dirty(self, iova: int, pages: int) -> bytes:
+        """As :meth:`take_dirty`, but what is not mapped counts as clean."""
+        bits, end = 0, iova + pages * PAGE_SIZE
+        for mapping in self._mappings:
+            first, last = max(iova, mapping.iova), min(end, mapping.iova + mapping.length)
+            if first < last:
+                taken = mapping.take((first - mapping.iova) // PAGE_SIZE, (last - first) // PAGE_SIZE)
+                bits |= taken << (first - iova) // PAGE_SIZE
+        return bits.to_bytes((pages + 7) // 8, "little")
+
     def locate(self, page: int) -> tuple[Mapping, int]:
         """The mapping that holds writable page number ``page`` (0 to ``pages`` - 1), and its number in it."""
         at = bisect.bisect_right(self._first_page, page) - 1

@@ -23,7 +23,7 @@ from vfiostream.errors import UsageError
 from vfiostream.uapi import vfio, vfio_user
 from vfiostream.uapi.four_region import PAGE_SIZE
 from vfiostream.uapi.vfio_user import Command
-from vfiostream.vendor.device import NUM_IRQS, NUM_REGIONS, ReferenceDevice
+from vfiostream.vendor.device import NUM_IRQS, ReferenceDevice
 from vfiostream.vendor.faults import Exit, Hang
 from vfiostream.vendor.guest import MAX_MAPPINGS
 from vfiostream.vendor.settings import Settings
@@ -31,7 +31,7 @@ from vfiostream.vendor.settings import Settings
 logger = logging.getLogger("vfiostream.vendor")
 
 MAX_TRANSFER = 1024 * 1024
-"""Largest read or write of a region, in bytes; the client is told."""
+"""Bytes of a region, of migration data or of a feature that one message moves at most; the client is told."""
 BACKLOG = 16
 """Clients that may wait for their turn; a non-blocking connect of one more fails."""
 EXIT_STATUS = 3
@@ -175,6 +175,12 @@ class _Client:
                 _require_size(body, 0)
                 self._device.reset()
                 return b"", None
+            case Command.DEVICE_FEATURE:
+                return self._feature(body), None
+            case Command.MIG_DATA_READ:
+                return self._data_read(body), None
+            case Command.MIG_DATA_WRITE:
+                return self._data_write(body), None
         raise OSError(errno.EOPNOTSUPP, f"command {command} is not supported")
 
     def _greet(self, body: bytes) -> bytes:
@@ -211,13 +217,13 @@ class _Client:
         if vfio.DEVICE_INFO.unpack(body)[0] < vfio.DEVICE_INFO.size:
             raise OSError(errno.EINVAL, "DEVICE_GET_INFO has too small an argsz")
         flags = vfio.DEVICE_FLAGS_RESET | vfio.DEVICE_FLAGS_PCI
-        return vfio.DEVICE_INFO.pack(vfio.DEVICE_INFO.size, flags, NUM_REGIONS, NUM_IRQS)
+        return vfio.DEVICE_INFO.pack(vfio.DEVICE_INFO.size, flags, len(self._device.regions), NUM_IRQS)
 
     def _region_info(self, body: memoryview) -> tuple[bytes, int | None]:
         size = vfio.REGION_INFO.size
         _require_size(body, size)
         argsz, _, index, _, _, _ = vfio.REGION_INFO.unpack(body)
-        if argsz < size or index >= NUM_REGIONS:
+        if argsz < size or index >= len(self._device.regions):
             raise OSError(errno.EINVAL, f"GET_REGION_INFO with argsz {argsz} for region {index} makes no sense")
         region = self._device.regions[index]
         flags = (
@@ -268,6 +274,48 @@ class _Client:
             raise OSError(errno.EINVAL, f"REGION_WRITE says {count} bytes and has {len(data)}, {MAX_TRANSFER} at most")
         self._device.write(index, offset, data)
         return bytes(body[: vfio_user.REGION_ACCESS.size])
+
+    def _feature(self, body: memoryview) -> bytes:
+        size = vfio.FEATURE.size
+        if len(body) < size:
+            raise OSError(errno.EINVAL, f"DEVICE_FEATURE of {len(body)} bytes is too short")
+        argsz, flags = vfio.FEATURE.unpack_from(body)
+        if flags == vfio.FeatureOperation.GET | vfio.Feature.DMA_LOGGING_REPORT:
+            self._check_report(argsz, body[size:])
+        answer = self._device.driver.feature(flags, body[size:])
+        if argsz < size + len(answer) and flags & vfio.FeatureOperation.GET:
+            raise OSError(errno.EINVAL, f"the answer needs {size + len(answer)} bytes, argsz is {argsz}")
+        return vfio.FEATURE.pack(size + len(answer), flags) + answer
+
+    @staticmethod
+    def _check_report(argsz: int, data: memoryview) -> None:
+        """Refuse a report that there is no room for, before it clears what it would have told."""
+        if len(data) == vfio.FEATURE_DMA_LOGGING_REPORT.size and argsz <= MAX_TRANSFER + vfio_user.HEADER.size:
+            _, length, page_size = vfio.FEATURE_DMA_LOGGING_REPORT.unpack(data)
+            if page_size and vfio.FEATURE.size + len(data) + -(-length // page_size // 64) * 8 <= argsz:
+                return
+        raise OSError(errno.EINVAL, f"DMA_LOGGING_REPORT with {len(data)} bytes and argsz {argsz}")
+
+    def _data_read(self, body: memoryview) -> bytes:
+        size = vfio_user.MIG_DATA.size
+        _require_size(body, size)
+        argsz, count = vfio_user.MIG_DATA.unpack(body)
+        if not 0 < count <= MAX_TRANSFER or argsz < size + count:
+            raise OSError(errno.EINVAL, f"a read of {count} bytes with argsz {argsz}, {MAX_TRANSFER} were agreed on")
+        reply = bytearray(size + count)
+        read = self._device.driver.read_data(memoryview(reply)[size:])
+        vfio_user.MIG_DATA.pack_into(reply, 0, size + read, read)
+        return bytes(memoryview(reply)[: size + read])
+
+    def _data_write(self, body: memoryview) -> bytes:
+        size = vfio_user.MIG_DATA.size
+        if len(body) < size:
+            raise OSError(errno.EINVAL, f"MIG_DATA_WRITE of {len(body)} bytes is too short")
+        _, count = vfio_user.MIG_DATA.unpack_from(body)
+        if count != len(body) - size or count > MAX_TRANSFER:
+            raise OSError(errno.EINVAL, f"MIG_DATA_WRITE says {count} bytes and has {len(body) - size}")
+        self._device.driver.write_data(body[size:])
+        return b""
 
 
 def _require_size(body: memoryview, size: int) -> None:

@@ -13,6 +13,7 @@ from typing import Literal, get_args
 
 from vfiostream.errors import UsageError
 from vfiostream.uapi.four_region import MAX_VERSION, PAGE_SIZE
+from vfiostream.uapi.vfio import MigrationFlags
 from vfiostream.vendor.capture import CONFIG_HEADER
 
 KIB = 1024
@@ -20,15 +21,23 @@ MIB = 1024 * KIB
 
 Pattern = Literal["uniform", "hotspot", "sequential"]
 Data = Literal["zeros", "text", "library", "random"]
+Interface = Literal["four-region", "migration-region", "migration-states"]
 Mmap = Literal["whole", "sparse", "none"]
 LayoutName = Literal["natural", "packed"]
 
+STATES: dict[str, MigrationFlags] = {
+    "stop-copy": MigrationFlags.STOP_COPY,
+    "p2p": MigrationFlags.P2P,
+    "pre-copy": MigrationFlags.PRE_COPY,
+}
 MIN_CONFIG = 16
 """Bytes: the content starts with the count of pages written so far."""
 
 
 class Operation(StrEnum):
-    """The twelve operations of the four-region interface, as a fault names them."""
+    """What a client asks a driver to do, as a fault names it: the twelve operations of the four-region interface, and
+    then those of the interfaces that followed. Changes of a migration state are named by arc.
+    """
 
     GET_VERSION = "get-version"
     GET_CAPS = "get-caps"
@@ -43,8 +52,43 @@ class Operation(StrEnum):
     SET_MEMORY = "set-memory"
     GET_BITMAP = "get-bitmap"
 
+    GET_PENDING = "get-pending"
+    DATA_READ = "data-read"
+    DATA_WRITE = "data-write"
+    START_LOG = "start-log"
+    STOP_LOG = "stop-log"
+    REPORT = "report"
 
-_ENDINGS: dict[str, Literal["hang", "exit"]] = {"hang": "hang", "exit": "exit"}
+    STOP_TO_STOP_COPY = "stop-to-stop-copy"
+    STOP_COPY_TO_STOP = "stop-copy-to-stop"
+    STOP_TO_RESUMING = "stop-to-resuming"
+    RESUMING_TO_STOP = "resuming-to-stop"
+    RUNNING_TO_PRE_COPY = "running-to-pre-copy"
+    PRE_COPY_TO_RUNNING = "pre-copy-to-running"
+    RUNNING_TO_RUNNING_P2P = "running-to-running-p2p"
+    RUNNING_P2P_TO_RUNNING = "running-p2p-to-running"
+    RUNNING_P2P_TO_STOP = "running-p2p-to-stop"
+    STOP_TO_RUNNING_P2P = "stop-to-running-p2p"
+    RUNNING_P2P_TO_PRE_COPY_P2P = "running-p2p-to-pre-copy-p2p"
+    PRE_COPY_P2P_TO_RUNNING_P2P = "pre-copy-p2p-to-running-p2p"
+    PRE_COPY_TO_PRE_COPY_P2P = "pre-copy-to-pre-copy-p2p"
+    PRE_COPY_P2P_TO_PRE_COPY = "pre-copy-p2p-to-pre-copy"
+    PRE_COPY_P2P_TO_STOP_COPY = "pre-copy-p2p-to-stop-copy"
+    RUNNING_TO_STOP = "running-to-stop"
+    STOP_TO_RUNNING = "stop-to-running"
+    PRE_COPY_TO_STOP_COPY = "pre-copy-to-stop-copy"
+
+
+_DATA = (Operation.DATA_READ, Operation.DATA_WRITE, Operation.START_LOG, Operation.STOP_LOG, Operation.REPORT)
+OPERATIONS: dict[Interface, tuple[Operation, ...]] = {
+    "four-region": tuple(Operation)[:12],
+    "migration-region": (Operation.SET_STATE, Operation.GET_PENDING, *_DATA),
+    "migration-states": (*_DATA, *(one for one in Operation if "-to-" in one)),
+}
+"""What there is in each interface."""
+
+Ending = Literal["hang", "exit", "error"]
+_ENDINGS: dict[str, Ending] = {ending: ending for ending in get_args(Ending)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +97,17 @@ class Fault:
 
     operation: Operation
     n: int
-    effect: int | Literal["hang", "exit"]
+    effect: int | Ending
     """An errno that the operation is refused with; ``hang``: this client gets no answer any more; ``exit``: the
-    device's process ends at once with status 3.
+    device's process ends at once with status 3; ``error``: refused with EIO, and the device is in its error state (the
+    four regions have none).
     """
 
 
 def parse_fault(text: str) -> Fault:
-    """Parse ``OPERATION:N:EFFECT``, where EFFECT is the name of an errno, ``hang`` or ``exit``; raises ValueError."""
+    """Parse ``OPERATION:N:EFFECT``, where EFFECT is the name of an errno, ``hang``, ``exit`` or ``error``; raises
+    ValueError.
+    """
     parts = text.split(":")
     if len(parts) != 3:
         raise ValueError(f"{text!r} is not a fault: write OPERATION:N:EFFECT, such as get-memory:3:EIO")
@@ -75,7 +122,8 @@ def parse_fault(text: str) -> Fault:
         return Fault(operation, int(count), _ENDINGS[effect])
     number = getattr(errno, effect, None) if effect.startswith("E") else None
     if not isinstance(number, int):
-        raise ValueError(f"{effect!r} in {text!r} is neither the name of an errno (such as EIO) nor hang nor exit")
+        endings = ", ".join(_ENDINGS)
+        raise ValueError(f"{effect!r} in {text!r} is neither the name of an errno (such as EIO) nor one of {endings}")
     return Fault(operation, int(count), number)
 
 
@@ -83,6 +131,10 @@ def parse_fault(text: str) -> Fault:
 class Settings:
     """One reference device. Raises UsageError for settings that no device can have."""
 
+    interface: Interface = "four-region"
+    """What its driver speaks: the four regions of 2019, the one region of Linux 5.8, or the states of Linux 5.18."""
+    states: tuple[str, ...] = tuple(STATES)
+    """Of STATES, what the driver of migration states has; ``stop-copy`` is not optional."""
     memory: int = 64 * MIB
     """Bytes of device memory, whole pages; 0 for a device without (no capability DEVICE_MEMORY)."""
     config: int = 64 * KIB
@@ -96,10 +148,13 @@ class Settings:
     seed: int = 0
     """Of everything that is random, but the identity of capture sessions."""
     memory_region: int = 16 * MIB
+    """Bytes that device memory moves through; also the data area of the migration region."""
     config_region: int = 1 * MIB
     bitmap_region: int = 64 * KIB
     mmap: Mmap = "whole"
-    """Whether the three data regions can be mapped; sparse: all but their first page and one in their middle."""
+    """Whether the three data regions, or the data area, can be mapped; sparse: all but their first page and one in
+    their middle.
+    """
     layout: LayoutName = "natural"
     capture_time: float = 0.0
     """Seconds that each read of the memory size takes."""
@@ -136,6 +191,7 @@ class Settings:
             if not (math.isfinite(seconds) and seconds >= 0):
                 raise UsageError(f"a {name} time of {seconds} seconds makes no sense: use 0 or more")
         for name, value, choices in (
+            ("interface", self.interface, get_args(Interface)),
             ("pattern", self.pattern, get_args(Pattern)),
             ("data", self.data, get_args(Data)),
             ("mmap", self.mmap, get_args(Mmap)),
@@ -145,6 +201,25 @@ class Settings:
                 raise UsageError(f"{value!r} is not a {name} this device knows: choose from {', '.join(choices)}")
         if "\0" in self.version_string or len(self.version_string.encode()) > MAX_VERSION:
             raise UsageError(f"the version string has a NUL or more than {MAX_VERSION} bytes: use a shorter plain one")
+
+        if "stop-copy" not in self.states or not set(self.states) <= set(STATES):
+            raise UsageError(
+                f"the states {', '.join(self.states)} are not those of a driver: choose from {', '.join(STATES)}, "
+                "and leave stop-copy in"
+            )
+        for fault in self.faults:
+            if fault.operation not in OPERATIONS[self.interface]:
+                raise UsageError(
+                    f"{fault.operation} is no operation of the {self.interface} interface: choose from "
+                    f"{', '.join(OPERATIONS[self.interface])}"
+                )
+            if fault.effect == "error" and self.interface == "four-region":
+                raise UsageError("a driver of four regions has no error state: choose an errno, hang or exit")
+
+    @property
+    def migration_flags(self) -> MigrationFlags:
+        """``states``, as a client is told."""
+        return MigrationFlags(sum(STATES[name] for name in set(self.states)))
 
     @property
     def version(self) -> str:

@@ -78,15 +78,19 @@ class Workload:
         self._guest_choice: PageChoice | None = None
         self.logging_guest = False
         """Whether writes to guest memory are recorded. Set under the lock."""
+        self._quiet = False
         self._running = False
         self._closing = False
         self._thread = threading.Thread(target=self._work, name="vfiostream-workload", daemon=True)
         self._thread.start()
 
-    def run(self, running: bool) -> None:
-        """Start or stop writing. Nothing is written after this has returned from stopping."""
+    def run(self, running: bool, *, quiet: bool = False) -> None:
+        """Start or stop writing. Nothing is written after this has returned from stopping, and no guest memory after
+        it has returned from making it ``quiet``.
+        """
         with self._lock:
             self._running = running
+            self._quiet = quiet
             self._lock.notify_all()
 
     def close(self) -> None:
@@ -117,10 +121,13 @@ class Workload:
                 self._lock.wait(max(SLICE, (1 - due) / rate))
 
     def write(self, count: int) -> None:
-        """Write ``count`` pages of the device and as many of the guest, now, whether running or not."""
+        """Write ``count`` pages of the device and, unless it is quiet, as many of the guest, now, whether running or
+        not.
+        """
         with self._lock:
             self._write_device(count)
-            self._write_guest(count)
+            if not self._quiet:
+                self._write_guest(count)
 
     def _write_device(self, count: int) -> None:
         if self._device_choice is None:
