@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("untimed", deadline=None)  # How long an example takes says nothing here.
+settings.load_profile("untimed")
 
 KERNEL_TESTS = Path(__file__).parent / "kernel"
 
