@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vfiostream.devices.contract import Device, DeviceDescription
-from vfiostream.devices.fit import unfit
+from vfiostream.devices.contract import DescribedDevice, Device, DeviceDescription
+from vfiostream.devices.fit import compare, fit
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,24 +14,44 @@ class Answer:
 
     source: DeviceDescription
     target: DeviceDescription | None
+    driver_asked: bool
+    """Whether the target's driver was asked about the source's version."""
     reasons: tuple[str, ...]
     """Why the device can't go there; empty where nothing stands against it."""
+    notes: tuple[str, ...]
+    """What is no reason against it, and worth knowing."""
 
 
-async def check(device: Device, there: Device | str | None = None) -> Answer:
-    """Say whether the state of ``device`` can go into ``there``: another device, or the version string of one; None
-    asks only whether ``device`` can move at all, which it can, being open. Moves nothing and changes no state.
+async def check(source: Device | DescribedDevice, target: Device | DescribedDevice | None = None) -> Answer:
+    """Say whether the state of ``source`` can go into ``target``; None asks only whether ``source`` can move at all,
+    which it can, being open or described. Moves nothing and changes no state.
 
-    With a version string, it is ``device``'s own driver that is asked whether it takes that version: a string has no
-    driver.
+    Each is a device that is open, or what a checkpoint or a description file says of one
+    (:func:`vfiostream.description.read_description`). A target that is open is asked whether it takes the source's
+    version, and its driver decides; of one that is only described, a note says that nobody was asked.
     """
-    if there is None:
-        return Answer(device.description, None, ())
-    if isinstance(there, str):
-        if await device.accepts(there):
-            return Answer(device.description, None, ())
-        problem = (
-            f"the driver of {device.name} (version {device.description.version!r}) does not take version {there!r}"
+    ours = source.description
+    if target is None:
+        return Answer(ours, None, driver_asked=False, reasons=(), notes=_alone(ours))
+    theirs = target.description
+    if isinstance(target, Device):
+        reasons, notes, asked = await fit(ours, target)
+    else:
+        reasons, notes, asked = compare(ours, theirs)
+        notes.append(
+            f"the target's driver was not asked whether it takes the source's version ({_shown(ours.version)}; its own "
+            f"was {_shown(theirs.version)}): {target.name} is only described"
         )
-        return Answer(device.description, None, (problem,))
-    return Answer(device.description, there.description, tuple(await unfit(device.description, there)))
+    return Answer(ours, theirs, asked, tuple(reasons), (*_alone(ours), *notes))
+
+
+def _alone(source: DeviceDescription) -> tuple[str, ...]:
+    if source.dirty_tracking:
+        return ()
+    return (
+        "the source does not report which guest pages it dirties, so it can't write guest memory while it is migrated",
+    )
+
+
+def _shown(version: str | None) -> str:
+    return "none" if version is None else repr(version)
