@@ -151,7 +151,7 @@ def test_the_options_that_others_rely_on() -> None:
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert re.fullmatch(
-        rf"vfiostream \d+\.\d+\.\d+, format 1, accelerator {_accel.IMPLEMENTATION}\n", capsys.readouterr().out
+        rf"vfiostream \d+\.\d+\.\d+, format 2, accelerator {_accel.IMPLEMENTATION}\n", capsys.readouterr().out
     )
 
 

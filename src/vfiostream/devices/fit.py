@@ -1,8 +1,7 @@
 """Whether the state of one device can go into another: asked before anything moves.
 
-What stands against it are reasons. What only explains how it may go wrong later (another driver, another kernel, another
-board) are notes: whether that matters only the driver knows, and it says so by its version, or when it is given the
-state.
+What stands against it are reasons. What only explains how it may go wrong later (another driver, kernel or board) are
+notes: whether that matters only the driver knows, and it says so by its version, or when it is given the state.
 """
 
 from __future__ import annotations
@@ -58,14 +57,21 @@ def compare(source: DeviceDescription, target: DeviceDescription) -> Fit:
 async def fit(source: DeviceDescription, target: Device) -> Fit:
     """As :func:`compare`, and ask the target's driver whether it takes the source's version. Changes nothing."""
     reasons, notes, _ = compare(source, target.description)
-    has = target.description.version
     if source.version is None:
         return Fit(reasons, notes, driver_asked=False)
-    if not await target.accepts(source.version):
-        reasons.append(f"the target's driver (version {has!r}) does not take version {source.version!r}")
-    elif has is None:
-        notes.append(f"the source's driver has version {source.version!r}, and the target's has none to compare it with")
-    return Fit(reasons, notes, driver_asked=has is not None)
+    asked = await ask(source.version, target)
+    return Fit(reasons + asked.reasons, notes + asked.notes, asked.driver_asked)
+
+
+async def ask(version: str, target: Device) -> Fit:
+    """Ask the target's driver whether it takes the state of a device of this version, and nothing else."""
+    has = target.description.version
+    if not await target.accepts(version):
+        problem = f"the driver of {target.name} (version {has!r}) does not take version {version!r}"
+        return Fit([problem], [], driver_asked=True)
+    if has is not None:
+        return Fit([], [], driver_asked=True)
+    return Fit([], [f"{target.name} has no versions, so it was not asked about {version!r}"], driver_asked=False)
 
 
 def _unlike(ours: PciIdentity, theirs: PciIdentity) -> list[str]:
