@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import msgpack
@@ -9,10 +10,8 @@ import msgpack
 from vfiostream.buffers import Buffer
 
 
-def pack(value: Any) -> bytes:
-    """``value`` as msgpack."""
-    packed: bytes = msgpack.packb(value)
-    return packed
+pack: Callable[[Any], bytes] = msgpack.packb
+"""A value as msgpack."""
 
 
 def unpack(data: Buffer, *, text: int, binary: int, items: int, keys: int) -> Any:
@@ -35,6 +34,25 @@ def unpack(data: Buffer, *, text: int, binary: int, items: int, keys: int) -> An
     except msgpack.exceptions.UnpackException as error:
         # OutOfData; its FormatError, StackError and ExtraData are ValueErrors as they come.
         raise ValueError(str(error)) from error
+
+
+def is_short_map(data: Buffer) -> bool:
+    """Whether ``data`` begins a fixmap, which has the number of its keys, up to 15, in its first byte."""
+    return len(data) > 0 and data[0] & 0xF0 == 0x80
+
+
+def unpack_short(data: Buffer) -> Any:
+    """Unpack the one short map that ``data`` is, in which no other is expected: as :func:`unpack`, but what it holds is
+    bounded by the length of ``data`` alone. With the number of keys told, no call for each is needed to find one that
+    stands twice.
+    """
+    try:
+        values = msgpack.unpackb(data)
+    except msgpack.exceptions.UnpackException as error:
+        raise ValueError(str(error)) from error
+    if data[0] & 0x0F != len(values):
+        raise ValueError("a key stands twice")
+    return values
 
 
 def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:

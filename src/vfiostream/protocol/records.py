@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeAlias, get_args
 
 from vfiostream.buffers import Buffer
 from vfiostream.errors import StreamError
-from vfiostream.packing import pack, unpack
+from vfiostream.packing import is_short_map, pack, unpack, unpack_short
 from vfiostream.protocol import limits
 
 
@@ -447,6 +447,9 @@ _HEADER_FIELDS: dict[type[Any], tuple[str, ...]] = {
     for cls in (*_CLASSES.values(), DeviceEntry, PciEntry, RangeEntry)
 }
 
+_FLAT = frozenset(_CLASSES.values()) - {Hello, Welcome}
+"""The records whose headers hold numbers and texts only."""
+
 Streamed: TypeAlias = Capture | Memory | Bitmap | Pages | Pci | Config
 """The records that belong to a device or a range of guest memory."""
 _STREAMED = frozenset(get_args(Streamed))
@@ -463,6 +466,9 @@ CONTENT: dict[int, tuple[int, int]] = {
 
 def encode(record: Record) -> bytes:
     """The record's header. Its stream number is not in it: that is the prefix's."""
+    cls = type(record)
+    if cls in _FLAT:
+        return pack({name: getattr(record, name) for name in _HEADER_FIELDS[cls]})
     return pack(plain(record))
 
 
@@ -473,6 +479,11 @@ def plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [plain(item) for item in value]
     return value
+
+
+def stream_of(record: Record) -> int:
+    """The number of the record's stream, 0 for one of the migration itself."""
+    return getattr(record, "stream", 0)
 
 
 def is_known(type_: int) -> bool:
@@ -494,7 +505,10 @@ def decode(type_: int, stream: int, sequence: int, header: Buffer) -> Record:
     if streamed != (stream != 0):
         raise StreamError(name_of(type_, sequence), f"can't be on stream {stream}")
     try:
-        values = unpack(header, text=limits.MAX_TEXT, binary=16, items=limits.MAX_RANGES, keys=16)
+        if cls in _FLAT and is_short_map(header):
+            values = unpack_short(header)  # what it holds is checked by the record
+        else:
+            values = unpack(header, text=limits.MAX_TEXT, binary=16, items=limits.MAX_RANGES, keys=16)
         _expect(cls, values)
         if cls is Hello or cls is Welcome:
             values["features"] = tuple(_list(values["features"]))
