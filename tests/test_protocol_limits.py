@@ -26,7 +26,7 @@ from tests.protocol_streams import (
     take,
 )
 from vfiostream.errors import StreamError
-from vfiostream.protocol import limits
+from vfiostream.protocol import framing, limits
 from vfiostream.protocol.framing import FLAG_ZERO, FLAG_ZSTD, PREFIX_SIZE, pack_frame, session_seed
 from vfiostream.protocol.payload import Compressor, Decompressor, bound
 from vfiostream.protocol.records import (
@@ -53,7 +53,7 @@ def prefix(**changes: int) -> bytes:
     """The prefix of the first frame of a stream, with its check right whatever else is wrong."""
     fields = {
         "magic": int.from_bytes(b"VFS\xf1", "little"),
-        "version": 1,
+        "version": framing.VERSION,
         "type": RecordType.HELLO,
         "flags": 0,
         "stream": 0,
@@ -77,7 +77,8 @@ def later(type_: RecordType, **changes: int) -> bytes:
     ("changes", "match"),
     [
         ({"magic": 0}, "magic number"),
-        ({"version": 2}, "format 2"),
+        ({"version": framing.VERSION - 1}, "of format 1, this side speaks format 2"),
+        ({"version": framing.VERSION + 1}, "format 3"),
         ({"version": 0}, "format 0"),
         ({"type": 0}, "record 1 of type 0 is not part of this format"),
         ({"type": 17}, "record 1 of type 17 is not part of this format"),
