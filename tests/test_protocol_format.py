@@ -210,7 +210,7 @@ def test_the_keys_of_each_record_are_those_of_the_document(kind: int) -> None:
 
 def test_the_keys_of_a_device_are_those_of_the_document() -> None:
     table = FORMAT.split("A **device** in HELLO")[1].split("A **range**")[0]
-    rows = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    rows = re.findall(r"^\| (`\w+` \| .*?) \|", table, re.MULTILINE)
     assert re.findall(r"`(\w+)`", " ".join(rows)) == DEVICE.split()
     entry = read_frames(golden("forward.hex"))[0][2]["devices"][0]
     assert [*entry, *entry["pci"]] == DEVICE.split()

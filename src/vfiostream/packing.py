@@ -9,7 +9,6 @@ import msgpack
 
 from vfiostream.buffers import Buffer
 
-
 pack: Callable[[Any], bytes] = msgpack.packb
 """A value as msgpack."""
 

@@ -112,8 +112,8 @@ class Access(Closing):
     effect; the next call waits for it first. So after a cancellation, writing the state wanted is always in order. A
     transfer that is split is as many calls: of a cancelled one, the first pieces may have taken effect.
 
-    Buffers are used only while a call runs, with one exception: after a DeviceTimeout of the kernel's, its buffer may be
-    in use until a later call has returned (:mod:`vfiostream.access.kernel`).
+    Buffers are used only while a call runs, with one exception: after a DeviceTimeout of the kernel's, its buffer may
+    be in use until a later call has returned (:mod:`vfiostream.access.kernel`).
     """
 
     name: str
