@@ -90,8 +90,8 @@ def restore(
 ) -> Exit:
     """Load a checkpoint into DEVICE, and let it run.
 
-    FILE is file:PATH, and DEVICE vfio-user:SOCKET, vfio:NAME or replay:FILE. The guest memory must have the ranges
-    of the checkpoint. The device runs only when the whole file has been loaded and checked.
+    FILE is file:PATH, and DEVICE vfio-user:SOCKET, vfio:NAME or replay:FILE. The guest memory must have the ranges of
+    the checkpoint. The device runs only when the whole file has been loaded and checked.
     """
 
     ((_, recording),) = recordings.of(device)

@@ -81,8 +81,8 @@ def receive(
     """Take the device that is sent to SOURCE into DEVICE, and let it run.
 
     SOURCE is the tcp:HOST:PORT or unix:PATH to listen at; with port 0 the system chooses one, and it is
-    printed. DEVICE is vfio-user:SOCKET, vfio:NAME or replay:FILE. One sender is served. Whoever can connect can
-    send: there is no authentication.
+    printed. DEVICE is vfio-user:SOCKET, vfio:NAME or replay:FILE. One sender is served. Whoever can connect can send:
+    there is no authentication.
     """
 
     ((_, recording),) = recordings.of(device)
