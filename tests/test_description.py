@@ -256,13 +256,25 @@ async def test_one_alone_can_move() -> None:
     assert "can't write guest memory while it is migrated" in note
 
 
+async def test_a_replay_is_told() -> None:
+    class Replay(Host):
+        @property
+        def caveat(self) -> str:
+            return "vfio:nic is a record"
+
+    with driver(interface="migration-states") as one:
+        async with await find(Replay(InProcessAccess(one, "vfio:nic"))) as device:
+            for given in ((device,), (device, described(version=None)), (described(version=None), device)):
+                assert "vfio:nic is a record" in (await check(*given)).notes
+
+
 async def test_a_version_alone_is_for_a_driver() -> None:
     async with host(versions=("nic 1", "nic 0")) as device:
         taken = await check("nic 0", device)
         assert (taken.source, taken.target, taken.driver_asked) == (None, device.description, True)
         assert taken.reasons == taken.notes == ()
         refused = await check("nic 2", device)
-        assert refused.reasons == ("the driver of vfio:nic (version 'nic 1') does not take version 'nic 2'",)
+        assert refused.reasons == ("the target's driver (version 'nic 1') does not take version 'nic 2'",)
     for target in (described(), None):
         with pytest.raises(UsageError, match="only a driver knows"):
             await check("nic 0", target)

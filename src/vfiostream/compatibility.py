@@ -38,17 +38,21 @@ async def check(source: Device | DescribedDevice | str, target: Device | Describ
         if not isinstance(target, Device):
             raise UsageError(f"only a driver knows whether it takes version {source!r}: give a device as the target")
         reasons, notes, asked = await ask(source, target)
-        return Answer(None, target.description, asked, tuple(reasons), tuple(notes))
+        return Answer(None, target.description, asked, tuple(reasons), (*_caveats(target), *notes))
     ours = source.description
     if target is None:
-        return Answer(ours, None, driver_asked=False, reasons=(), notes=_alone(ours))
+        return Answer(ours, None, driver_asked=False, reasons=(), notes=(*_caveats(source), *_alone(ours)))
     theirs = target.description
     if isinstance(target, Device):
         reasons, notes, asked = await fit(ours, target)
     else:
         reasons, notes, asked = compare(ours, theirs)
         notes.append(_not_asked(ours, target))
-    return Answer(ours, theirs, asked, tuple(reasons), (*_alone(ours), *notes))
+    return Answer(ours, theirs, asked, tuple(reasons), (*_caveats(source, target), *_alone(ours), *notes))
+
+
+def _caveats(*given: Device | DescribedDevice) -> list[str]:
+    return [one.caveat for one in given if isinstance(one, Device) and one.caveat is not None]
 
 
 def _alone(source: DeviceDescription) -> tuple[str, ...]:

@@ -67,11 +67,11 @@ async def ask(version: str, target: Device) -> Fit:
     """Ask the target's driver whether it takes the state of a device of this version, and nothing else."""
     has = target.description.version
     if not await target.accepts(version):
-        problem = f"the driver of {target.name} (version {has!r}) does not take version {version!r}"
+        problem = f"the target's driver (version {has!r}) does not take version {version!r}"
         return Fit([problem], [], driver_asked=True)
     if has is not None:
         return Fit([], [], driver_asked=True)
-    return Fit([], [f"{target.name} has no versions, so it was not asked about {version!r}"], driver_asked=False)
+    return Fit([], [f"the target's driver has no versions, so it was not asked about {version!r}"], driver_asked=False)
 
 
 def _unlike(ours: PciIdentity, theirs: PciIdentity) -> list[str]:
