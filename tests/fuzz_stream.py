@@ -36,7 +36,7 @@ def resealed(frame: bytes, sequence: int) -> bytes:
     payload_size = len(frame) - PREFIX_SIZE - header_size
     flags = frame[7] % 3
     sealed = bytearray(frame)
-    sealed[:6] = b"VFS\xf1\x01\x00"
+    sealed[:6] = b"VFS\xf1\x02\x00"
     sealed[7] = flags
     struct.pack_into("<IQI", sealed, 12, header_size, sequence, payload_size)
     if flags == 0:

@@ -784,7 +784,17 @@ async def test_a_container_logs_in_its_own_pages(kernel: FakeKernel) -> None:
             await access.start_dma_log(2 * PAGE, [(IOVA, 2 * PAGE)])
 
 
-# ---- the version of a mediated device
+# ---- who drives it, and the version of a mediated device
+
+
+async def test_the_driver_and_its_kernel(access: KernelAccess) -> None:
+    assert (access.info.driver, access.info.kernel) == ("vfio_mdev", os.uname().release)
+
+
+async def test_a_driver_that_is_not_known(kernel: FakeKernel) -> None:
+    kernel.path(f"/sys/kernel/iommu_groups/{GROUP}/devices/{UUID}").unlink()
+    async with await connect(IN_GROUP, kernel=kernel) as access:
+        assert access.info.driver is None
 
 
 async def test_the_version_of_a_mediated_device(kernel: FakeKernel, address: str) -> None:

@@ -151,7 +151,7 @@ def test_the_options_that_others_rely_on() -> None:
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert re.fullmatch(
-        rf"vfiostream \d+\.\d+\.\d+, format 1, accelerator {_accel.IMPLEMENTATION}\n", capsys.readouterr().out
+        rf"vfiostream \d+\.\d+\.\d+, format 2, accelerator {_accel.IMPLEMENTATION}\n", capsys.readouterr().out
     )
 
 
@@ -178,6 +178,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["inspect", "x"], "write file:PATH"),
         (["send", "replay:/nonexistent/x", "tcp:h:1"], "can't be opened"),
         (["check", "vfio-user:x", "--record-payloads"], "nothing is recorded"),
+        (["check", "gpu.json"], "write vfio-user:SOCKET, vfio:NAME, replay:FILE, or file:PATH"),
+        (["check", "file:x", "version:1"], "is neither a device nor a file"),
+        (["check", "version:1"], "give a device as the target"),
+        (["describe", "version:1"], "is neither a device nor a file"),
+        (["check", "file:x", "file:y", "--record", "a"], "1 records of 0 devices"),
         (["save", "vfio-user:x", "file:x", "--record", "a", "--record", "b"], "2 records of 1 devices"),
         (["check", "vfio-user:x", "--record", "/nonexistent/x"], "no record can be made"),
         (["record", "show", "/nonexistent/x"], "can't be opened"),

@@ -18,7 +18,7 @@ from vfiostream.errors import DeviceRefused
 class Described(Closing):
     """What is left of a device for who only asks what it is."""
 
-    description = DeviceDescription("four-region", None, True, True, 4096, 8192, None)
+    description = DeviceDescription("four-region", None, True, True, 4096, 8192, None, "vfio_mdev", "6.8.0", (), None)
 
     async def aclose(self) -> None:
         pass

@@ -197,6 +197,8 @@ def test_a_checkpoint_is_made_checked_and_loaded(still: str, target: str, tmp_pa
         assert event["status"] == status
         (entry,) = event["devices"]
         check_fields(entry, "a device")
+        assert entry["flags"] == ["device-memory", "system-memory"]
+        assert entry["config_limit"] > entry["config_size"]
         assert (event["rounds"], event["file_size"]) == (2, path.stat().st_size)
         assert event["bytes"] == event["memory"] + event["pages"] + event["config"]
 
@@ -206,7 +208,7 @@ def test_a_checkpoint_is_made_checked_and_loaded(still: str, target: str, tmp_pa
     assert digest_and_state(target) == (here, State.RUNNING)
 
 
-def test_check(call: Call, source: str, target: str, socket_dir: Path) -> None:
+def test_check(call: Call, source: str, target: str) -> None:
     alone = call("check", source)
     assert (alone.code, alone.errors) == (0, "")
     assert alone.output.endswith(f"{source} can move\n")
@@ -216,15 +218,53 @@ def test_check(call: Call, source: str, target: str, socket_dir: Path) -> None:
     check_fields(event, "summary of check")
     check_fields(event["source"], "a device")
     check_fields(event["target"], "a device")
-    assert call("check", source, event["source"]["version"]).code == 0
+    assert (event["driver_asked"], event["notes"]) == (True, [])
 
-    other = call("check", source, "another-version", "--json")
-    assert other.code == 5
-    (event,) = other.events
-    check_fields(event, "summary of check")
-    assert (event["status"], event["target"]) == ("incompatible", None)
-    assert "another-version" in event["reasons"][0]
+    own = call("check", f"version:{event['source']['version']}", source, "--json")
+    other = call("check", "version:another", source, "--json")
+    for ended, code, status in ((own, 0, "compatible"), (other, 5, "incompatible")):
+        assert ended.code == code
+        (event,) = ended.events
+        check_fields(event, "summary of check")
+        assert (event["status"], event["source"], event["driver_asked"]) == (status, None, True)
+    assert "'another'" in event["reasons"][0]
     assert digest_and_state(source)[1] == State.RUNNING
+
+
+def test_check_of_what_is_not_here(call: Call, still: str, target: str, checkpoint: Path, tmp_path: Path) -> None:
+    printed = call("describe", still)
+    assert (printed.code, printed.errors) == (0, "")
+    file = tmp_path / "still.json"
+    file.write_text(printed.output)
+    of_checkpoint = call("describe", f"file:{checkpoint}")
+    assert json.loads(of_checkpoint.output)["device"] == json.loads(printed.output)["device"]
+
+    stored = (f"file:{file}", f"file:{checkpoint}")
+    for source in (still, *stored):
+        for target_of in (target, *stored):
+            ended = call("check", source, target_of, "--json")
+            assert (ended.code, ended.errors) == (0, "")
+            (event,) = ended.events
+            check_fields(event, "summary of check")
+            assert (event["source"]["name"], event["driver_asked"]) == (still, target_of == target)
+            assert [f"{still} is only described" in note for note in event["notes"]] == [True] * (target_of != target)
+    said = call("check", stored[1], stored[0])
+    assert said.code == 0
+    assert "\nnote           " in said.output
+    assert said.output.endswith(f"{stored[1]} can go to {stored[0]}\n")
+
+    file.write_text(printed.output.replace('"four-region"', '"two-region"'))
+    refused = call("check", stored[0], target)
+    assert refused.code == 5
+    assert "the source speaks the interface two-region, the target four-region" in refused.output
+    file.write_text(printed.output[:-10])
+    bad = call("check", stored[0], target)
+    assert bad.code == 4
+    assert "neither a checkpoint nor a description" in sentence(bad)
+    file.write_bytes(checkpoint.read_bytes()[:200])
+    assert call("check", stored[0]).code == 4
+    file.unlink()
+    assert call("check", stored[0]).code == 1
 
 
 @pytest.mark.parametrize("payloads", [True, False])

@@ -32,7 +32,7 @@ def block(name: str) -> dict[str, Any]:
 def test_every_block_is_run_here() -> None:
     blocks = re.findall(r"```python\n# (\w+)\n", TEXT)
     assert len(blocks) == TEXT.count("```python")
-    assert set(blocks) == {"source", "target", "guest", "vmm", "checkpoint", "watching", "record"}
+    assert set(blocks) == {"source", "target", "guest", "vmm", "check", "checkpoint", "watching", "record"}
 
 
 async def test_a_migration(tmp_path: Path) -> None:
@@ -87,6 +87,13 @@ async def test_a_guest_that_tracks(tmp_path: Path) -> None:
     await guest.merge_dirty(16 * 4096, 16, memoryview(bitmap))
     assert bitmap == bytes([0b101, 0])
     assert guest.dirty == {40}
+
+
+async def test_whether_it_can_go_there(tmp_path: Path) -> None:
+    names = block("check")
+    async with machines() as (source, target):
+        await names["describe"](source.device, tmp_path / "file")
+        assert await names["fits"](tmp_path / "file", target.device) == []
 
 
 async def test_checkpoints(tmp_path: Path) -> None:

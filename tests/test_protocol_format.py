@@ -37,6 +37,10 @@ KEYS = {
     15: "",
     16: "code reason stopped",
 }
+DEVICE = (
+    "stream name interface version driver kernel flags device_memory dirty_tracking config_size config_limit data_size "
+    "pci vendor device subsystem_vendor subsystem class_code revision"
+)
 # A letter for each record, where its type is the index; then the section "Order" as a pattern.
 LETTERS = "_HWrcmbpRSPCEkaXA"
 ORDER = re.compile("H(r[cmbp]*R)*Sr[cmbp]*R[PC]+EX")
@@ -51,7 +55,7 @@ def read_frames(data: bytes) -> list[tuple[int, int, dict[str, Any], bytes]]:
         magic, version, kind, flags, stream, header_size, sequence, payload_size, content_size, body, check = (
             struct.unpack("<4sHBBIIQIIQQ", prefix)
         )
-        assert (magic, version) == (b"VFS\xf1", 1)
+        assert (magic, version) == (b"VFS\xf1", 2)
         assert check == xxhash.xxh3_64_intdigest(prefix[:40], seed)
         assert header_size <= (524288 if kind == 1 else 8192)
         assert max(payload_size, content_size) <= 16777216
@@ -180,7 +184,7 @@ def test_the_prefix_lies_where_the_document_says() -> None:
     seed = 0x0807060504030201
     expected = {
         "magic": (0, 4, b"VFS\xf1"),
-        "version": (4, 2, struct.pack("<H", 1)),
+        "version": (4, 2, struct.pack("<H", 2)),
         "type": (6, 1, b"\x05"),
         "flags": (7, 1, b"\x00"),
         "stream": (8, 4, struct.pack("<I", 1)),
@@ -202,3 +206,11 @@ def test_the_keys_of_each_record_are_those_of_the_document(kind: int) -> None:
     assert row, f"record {kind} is not in the document"
     keys = re.findall(r"`(\w+)`", row[1])
     assert keys == KEYS[kind].split()
+
+
+def test_the_keys_of_a_device_are_those_of_the_document() -> None:
+    table = FORMAT.split("A **device** in HELLO")[1].split("A **range**")[0]
+    rows = re.findall(r"^\| (`\w+` \| .*?) \|", table, re.MULTILINE)
+    assert re.findall(r"`(\w+)`", " ".join(rows)) == DEVICE.split()
+    entry = read_frames(golden("forward.hex"))[0][2]["devices"][0]
+    assert [*entry, *entry["pci"]] == DEVICE.split()

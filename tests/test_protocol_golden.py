@@ -1,4 +1,4 @@
-"""The bytes of version 1, written down: a change here is a change of the format, and needs a new version number.
+"""The bytes of version 2, written down: a change here is a change of the format, and needs a new version number.
 
 ``PYTHONPATH=src python -m tests.test_protocol_golden`` writes the files anew.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.protocol_streams import ABORT, FORWARD, HELLO, REPLIES, send, stored_frames, take
+from vfiostream.errors import StreamError
 from vfiostream.protocol import limits
 from vfiostream.protocol.records import Abort, Record, Welcome
 from vfiostream.protocol.sessions import Phase, SourceSession, TargetSession
@@ -88,6 +89,19 @@ def test_every_record_is_in_a_golden_file() -> None:
     assert {record.type for records, _ in FILES.values() for record in records} == set(range(1, 17))
     assert isinstance(ANSWERS[0], Welcome)
     assert isinstance(ABORT, Abort)
+
+
+VERSION_1 = bytes.fromhex(
+    "564653f10100010000000000cd0100000100000000000000000000000000000053c86ba28578a69812a4a4d7a46ddb70"
+)
+"""The prefix of a HELLO of version 1, whose checks were right."""
+
+
+def test_version_1_is_refused_in_one_sentence() -> None:
+    session = TargetSession(chunk=limits.MAX_CONTENT, answers=False)
+    with pytest.raises(StreamError) as caught:
+        session.parse(VERSION_1)
+    assert str(caught.value) == "record 1 is of format 1, this side speaks format 2"
 
 
 def write() -> None:

@@ -26,7 +26,7 @@ from tests.protocol_streams import (
     take,
 )
 from vfiostream.errors import StreamError
-from vfiostream.protocol import limits
+from vfiostream.protocol import framing, limits
 from vfiostream.protocol.framing import FLAG_ZERO, FLAG_ZSTD, PREFIX_SIZE, pack_frame, session_seed
 from vfiostream.protocol.payload import Compressor, Decompressor, bound
 from vfiostream.protocol.records import (
@@ -53,7 +53,7 @@ def prefix(**changes: int) -> bytes:
     """The prefix of the first frame of a stream, with its check right whatever else is wrong."""
     fields = {
         "magic": int.from_bytes(b"VFS\xf1", "little"),
-        "version": 1,
+        "version": framing.VERSION,
         "type": RecordType.HELLO,
         "flags": 0,
         "stream": 0,
@@ -77,7 +77,8 @@ def later(type_: RecordType, **changes: int) -> bytes:
     ("changes", "match"),
     [
         ({"magic": 0}, "magic number"),
-        ({"version": 2}, "format 2"),
+        ({"version": framing.VERSION - 1}, "of format 1, this side speaks format 2"),
+        ({"version": framing.VERSION + 1}, "format 3"),
         ({"version": 0}, "format 0"),
         ({"type": 0}, "record 1 of type 0 is not part of this format"),
         ({"type": 17}, "record 1 of type 17 is not part of this format"),
@@ -356,12 +357,12 @@ WRONG: dict[str, bytes] = {
 # Each is right for some keys and wrong for all others.
 TYPES: dict[str, tuple[bytes, set[str]]] = {
     "true": (msgpack.packb(True), {"stopped", "device_memory", "dirty_tracking"}),
-    "nil": (msgpack.packb(None), {"version", "pci"}),
-    "an array": (msgpack.packb([]), {"features", "ranges"}),
+    "nil": (msgpack.packb(None), {"version", "driver", "kernel", "data_size", "pci"}),
+    "an array": (msgpack.packb([]), {"features", "ranges", "flags"}),
     "16 bytes": (msgpack.packb(bytes(16)), {"session"}),
     "15 bytes": (msgpack.packb(bytes(15)), set()),
     "an empty map": (msgpack.packb({}), set()),
-    "a text": (msgpack.packb("x"), {"software", "name", "interface", "version", "reason"}),
+    "a text": (msgpack.packb("x"), {"software", "name", "interface", "version", "driver", "kernel", "reason"}),
     "a text of 257 bytes": (msgpack.packb("x" * 257), {"version", "reason"}),
     "128 letters of two bytes and one": (msgpack.packb("é" * 128 + "x"), {"version", "reason"}),
 }
@@ -437,6 +438,8 @@ BITS = {
     "limit": 64,
     "stream": 32,
     "config_size": 64,
+    "config_limit": 64,
+    "data_size": 64,
     "vendor": 16,
     "device": 16,
     "subsystem_vendor": 16,
@@ -470,6 +473,8 @@ def test_a_number_that_does_not_fit(place: str, key: str) -> None:
         ("pci", "class_code", 0xFFFFFF),
         ("pci", "revision", 0xFF),
         ("device", "config_size", limits.MAX_CONFIG),
+        ("device", "config_limit", (1 << 64) - 1),
+        ("device", "data_size", (1 << 64) - 1),
     ],
 )
 def test_the_largest_number_is_taken(place: str, key: str, most: int) -> None:
@@ -499,6 +504,9 @@ def test_the_largest_number_is_taken(place: str, key: str, most: int) -> None:
         ("device", "stream", 0),
         ("device", "stream", 2),
         ("device", "config_size", limits.MAX_CONFIG + 1),
+        ("device", "flags", ["p2p", "p2p"]),
+        ("device", "flags", [str(number) for number in range(limits.MAX_FLAGS + 1)]),
+        ("device", "flags", ["x" * (limits.MAX_FLAG + 1)]),
         ("range", "stream", 4),
         ("range", "page_size", 8192),
         ("range", "address", 1),
@@ -567,7 +575,19 @@ def test_the_largest_headers_fit_their_limits() -> None:
     long, longest = "x" * limits.MAX_NAME, "x" * limits.MAX_TEXT
     pci = HELLO.devices[0].pci
     devices = [
-        device(number + 1, name=long, interface=long, version=longest, config_size=limits.MAX_CONFIG, pci=pci)
+        device(
+            number + 1,
+            name=long,
+            interface=long,
+            version=longest,
+            driver=long,
+            kernel=long,
+            flags=tuple(f"{flag:x>{limits.MAX_FLAG}}" for flag in range(limits.MAX_FLAGS)),
+            config_size=limits.MAX_CONFIG,
+            config_limit=(1 << 64) - 1,
+            data_size=(1 << 64) - 1,
+            pci=pci,
+        )
         for number in range(limits.MAX_DEVICES)
     ]
     first = limits.MAX_DEVICES + 1

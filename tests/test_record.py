@@ -522,7 +522,7 @@ def read_all(content: bytes) -> tuple[list[Event], bool]:
 
 
 OPEN = {"address": "a:b", "software": "tests", "started": 1, "payloads": True}
-INFO = {"is_pci": True, "can_reset": True, "num_regions": 14, "num_irqs": 5}
+INFO = {"is_pci": True, "can_reset": True, "num_regions": 14, "num_irqs": 5, "driver": "vfio-pci", "kernel": None}
 
 
 def small_record() -> tuple[list[Event], bytes]:

@@ -6,8 +6,9 @@ The names an agent needs, in ``docs/library.md``; everything else is in the modu
 from vfiostream.access.record import Recording
 from vfiostream.checkpoint import inspect, restore, save, verify
 from vfiostream.compatibility import check
+from vfiostream.description import description_text, read_description
 from vfiostream.devices import open_device
-from vfiostream.devices.contract import Device
+from vfiostream.devices.contract import DescribedDevice, Device
 from vfiostream.errors import VfiostreamError
 from vfiostream.guest import Guest, GuestRange
 from vfiostream.migrate import receive, send
@@ -19,6 +20,7 @@ from vfiostream.transports.contract import Listener, Transport
 from vfiostream.version import __version__
 
 __all__ = [
+    "DescribedDevice",
     "Device",
     "Guest",
     "GuestRange",
@@ -33,9 +35,11 @@ __all__ = [
     "__version__",
     "check",
     "connect",
+    "description_text",
     "inspect",
     "listen",
     "open_device",
+    "read_description",
     "receive",
     "restore",
     "save",

@@ -13,6 +13,7 @@ from pathlib import Path
 import anyio
 import anyio.lowlevel
 
+from vfiostream.description import stored_hello
 from vfiostream.devices.contract import Device, as_sequence
 from vfiostream.errors import StreamError, TransportError, UsageError
 from vfiostream.guest import Guest
@@ -171,16 +172,7 @@ def _inspect(path: Path) -> Contents:
 
 def _walk(fd: int) -> Contents:
     size = os.fstat(fd).st_size
-    session = TargetSession(chunk=limits.MAX_CONTENT, answers=False)
-    raw = os.pread(fd, framing.PREFIX_SIZE, 0)
-    if len(raw) < framing.PREFIX_SIZE:
-        raise StreamError("record 1", "is cut: the file is too short for a checkpoint")
-    prefix = session.parse(raw)
-    header = os.pread(fd, prefix.header_size, framing.PREFIX_SIZE)
-    session.check(prefix, header, ())
-    hello = session.receive(prefix, header)
-    if not isinstance(hello, Hello):
-        raise StreamError("record 1", "is no HELLO, which a checkpoint starts with")
+    hello = stored_hello(fd)
     seed = framing.session_seed(hello.session)
     sizes = dict.fromkeys(RecordType, 0)
     frames = rounds = 0

@@ -10,6 +10,7 @@ VfiostreamError
 │   └── ReplayDiverged          a replayed device was asked what its record does not hold
 ├── GuestError                  the guest could not be paused, resumed or asked
 ├── Incompatible                this device can't move, or can't go there; nothing moved
+├── BadDescription              a file that should describe a device does not
 ├── TransportError              opening, reading or writing a link or a file failed
 │   └── ConnectionLost          the other end is gone
 ├── ProtocolError
@@ -77,6 +78,10 @@ class GuestError(VfiostreamError):
 
 class Incompatible(VfiostreamError):
     """This device can't be moved, or can't be moved there; nothing was moved."""
+
+
+class BadDescription(VfiostreamError):
+    """A file that was to say something of a device is no checkpoint and no description, or a damaged one."""
 
 
 class TransportError(VfiostreamError):

@@ -16,6 +16,7 @@ import anyio
 import pytest
 from anyio import wait_all_tasks_blocked
 
+import vfiostream
 from tests.access_contract import IOVA, PAGE, AccessContract, Subject, guest_memory, pattern, read
 from tests.kernel.conftest import MakeMdev
 from tests.kernel.mdev import Mdev
@@ -24,6 +25,7 @@ from vfiostream.access.contract import Access, MigrationData
 from vfiostream.access.kernel_calls import Kernel
 from vfiostream.access.kernel_host import list_devices
 from vfiostream.cli import main
+from vfiostream.devices import open_device
 from vfiostream.errors import DeviceRefused, UsageError
 from vfiostream.uapi.vfio import Feature, FeatureOperation, MigrationFlags, MigrationState
 
@@ -331,6 +333,25 @@ async def test_the_version_of_a_type(mdev: MakeMdev, address: Address) -> None:
         assert await access.accepts_version(version)
         assert await access.accepts_version(version.replace("generation=2", "generation=1"))
         assert not await access.accepts_version(version.replace("generation=2", "generation=3"))
+
+
+async def test_the_driver_is_asked_before_a_migration(mdev: MakeMdev, address: Address, tmp_path: Path) -> None:
+    """Generation 1 goes into generation 2 and not back: by the driver's word, which nobody else knows."""
+    old, new = (address(mdev(f"four-region-16M{suffix}")) for suffix in ("", "-next"))
+    async with await open_device(old, timeout=TIMEOUT) as one, await open_device(new, timeout=TIMEOUT) as other:
+        assert one.description.kernel == os.uname().release
+        assert one.description.driver == other.description.driver == "four-region"
+        there = await vfiostream.check(one, other)
+        assert (there.driver_asked, there.reasons, there.notes) == (True, (), ())
+        back = await vfiostream.check(other, one)
+        assert back.driver_asked
+        assert len(back.reasons) == 1
+        assert "does not take version" in back.reasons[0]
+        (tmp_path / "new").write_text(vfiostream.description_text(other))
+        stored = await vfiostream.read_description(tmp_path / "new")
+        assert (await vfiostream.check(stored, one)).reasons == back.reasons
+        described = await vfiostream.check(one, stored)
+        assert (described.driver_asked, described.reasons) == (False, ())
 
 
 async def test_a_type_without_version(mtty: Access) -> None:

@@ -47,12 +47,18 @@ class MappedArea:
 
 @dataclass(frozen=True, slots=True)
 class DeviceInfo:
-    """``VFIO_DEVICE_GET_INFO``."""
+    """``VFIO_DEVICE_GET_INFO``, and what is known of who answers."""
 
     is_pci: bool
     can_reset: bool
     num_regions: int
     num_irqs: int
+    driver: str | None = None
+    """Name of the kernel's driver. None where that is not known: a server of vfio-user does not tell what it is."""
+    kernel: str | None = None
+    """Release of the kernel that this driver is part of. None over vfio-user: the driver is a program there, and which
+    kernel it runs on says nothing of it.
+    """
 
 
 class PrecopyInfo(NamedTuple):

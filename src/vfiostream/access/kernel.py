@@ -278,6 +278,8 @@ class _Files:
             can_reset=bool(flags & DEVICE_FLAGS_RESET),
             num_regions=num_regions,
             num_irqs=num_irqs,
+            driver=self._opened.driver,
+            kernel=self._kernel.release(),
         )
 
     def close(self) -> None:

@@ -81,6 +81,9 @@ class Kernel:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
 
+    def release(self) -> str:
+        return os.uname().release
+
     # ---- sysfs, procfs, device nodes
 
     def path(self, name: str) -> Path:

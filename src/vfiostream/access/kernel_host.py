@@ -19,6 +19,7 @@ MDEV_DEVICES = "/sys/bus/mdev/devices"
 UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 PCI_ADDRESS = re.compile(r"([0-9a-fA-F]{4,8}:)?[0-9a-fA-F]{2}:[0-9a-fA-F]{2}\.[0-7]")
 _NODES_CLASS = "/sys/class/vfio-dev"
+_GROUPS = "/sys/kernel/iommu_groups"
 _BRIDGE = "0x06"
 """Class of PCI devices that nobody can have."""
 MAX_HOLDERS = 3
@@ -117,6 +118,14 @@ def name_behind(kernel: Kernel, node: str) -> str | None:
     return kernel.link(f"{_NODES_CLASS}/{node}/device")
 
 
+def driver_behind(kernel: Kernel, node: str, name: str) -> str | None:
+    """The driver of the device ``name`` that is opened by ``node``, of its own or of its group."""
+    number = node.rpartition("/")[2]
+    if "vfio" in number:
+        return kernel.link(f"{_NODES_CLASS}/{number}/device/driver")
+    return kernel.link(f"{_GROUPS}/{number}/devices/{name}/driver")
+
+
 def trouble(kernel: Kernel, device: HostDevice) -> str | None:
     """Why ``device`` can't be opened as it is, and what to do about it; None where nothing is in the way that sysfs
     knows of. A clause that goes on from the device's name.
@@ -158,7 +167,7 @@ def _not_bound(device: HostDevice) -> str:
 
 def others_in_group(kernel: Kernel, group: str) -> list[tuple[str, str | None]]:
     """The devices of an IOMMU group, with their drivers."""
-    folder = f"/sys/kernel/iommu_groups/{group}/devices"
+    folder = f"{_GROUPS}/{group}/devices"
     return [(name, kernel.link(f"{folder}/{name}/driver")) for name in kernel.names(folder)]
 
 

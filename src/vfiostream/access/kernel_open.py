@@ -34,6 +34,7 @@ from vfiostream.access.kernel_host import (
     MDEV_DEVICES,
     PCI_ADDRESS,
     UUID,
+    driver_behind,
     holders,
     look_up,
     name_behind,
@@ -75,6 +76,8 @@ class Opened:
     """Closes all that was opened, and then lets go of guest memory."""
     version_file: str | None
     """Of its mediated device's type."""
+    driver: str | None
+    """That it is bound to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +136,13 @@ def open_place(kernel: Kernel, name: str, place: Place) -> Opened:
         opening.close()
         iommu.close()
 
-    return Opened(fd, iommu, close, version_file if kernel.exists(version_file) else None)
+    return Opened(
+        fd,
+        iommu,
+        close,
+        version_file if kernel.exists(version_file) else None,
+        driver_behind(kernel, place.node, place.name),
+    )
 
 
 def _find_in_group(kernel: Kernel, address: str, group: str, name: str) -> Place:

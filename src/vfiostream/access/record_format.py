@@ -151,7 +151,14 @@ class Shape:
 CALLS: dict[str, Shape] = {
     "open": Shape(
         {"address": _text, "software": _text, "started": _u64, "payloads": _bool},
-        {"is_pci": _bool, "can_reset": _bool, "num_regions": _u32, "num_irqs": _u32},
+        {
+            "is_pci": _bool,
+            "can_reset": _bool,
+            "num_regions": _u32,
+            "num_irqs": _u32,
+            "driver": _or_none(_text),
+            "kernel": _or_none(_text),
+        },
     ),
     "region_info": Shape(
         {"region": _u32},

@@ -24,7 +24,8 @@ COMMANDS = {
     "restore": ("vfiostream.cli.checkpoint", "Load a checkpoint into DEVICE, and let it run."),
     "inspect": ("vfiostream.cli.checkpoint", "Say what is in a checkpoint, without checking all of it."),
     "verify": ("vfiostream.cli.checkpoint", "Check every byte of a checkpoint."),
-    "check": ("vfiostream.cli.check", "Say whether DEVICE can move, and whether it can go THERE; moves nothing."),
+    "check": ("vfiostream.cli.check", "Say whether SOURCE can move, and whether it can go into TARGET; moves nothing."),
+    "describe": ("vfiostream.cli.check", "Print what another host has to know of DEVICE to check it; for a file."),
     "record": ("vfiostream.cli.record", "Look at what --record wrote."),
     "devices": ("vfiostream.cli.devices", "List the devices of this host that could move, and what is in the way."),
     "bench": (

@@ -149,7 +149,7 @@ def _document(status: str, found: Contents) -> dict[str, Any]:
     return {
         "status": status,
         "software": found.hello.software,
-        "devices": [description_document(entry.name, described(entry), stored=True) for entry in found.hello.devices],
+        "devices": [description_document(one.name, one.description) for one in map(described, found.hello.devices)],
         "guest_memory": [{"address": area.address, "length": area.length} for area in found.hello.ranges],
         "rounds": found.rounds,
         "records": found.frames,
@@ -163,8 +163,8 @@ def _document(status: str, found: Contents) -> dict[str, Any]:
 
 def _lines(file: str, status: str, found: Contents) -> list[str]:
     lines = [f"{file}: {status}, written by {found.hello.software}"]
-    for entry in found.hello.devices:
-        lines += description_lines(entry.name, described(entry), stored=True)
+    for one in map(described, found.hello.devices):
+        lines += description_lines(one.name, one.description)
     lines += [f"guest memory   {area.address:#x}, {show_size(area.length)}" for area in found.hello.ranges]
     return [
         *lines,

@@ -9,17 +9,12 @@ from vfiostream.cli.values import show_size
 from vfiostream.devices.contract import DeviceDescription
 
 
-def description_document(name: str, device: DeviceDescription, *, stored: bool = False) -> dict[str, Any]:
-    """The fields of a device, as ``docs/command-line.md`` lists them. A checkpoint (``stored``) does not tell how much
-    config its device took.
-    """
-    document = {"name": name, **asdict(device)}
-    if stored:
-        document["config_limit"] = None
-    return document
+def description_document(name: str, device: DeviceDescription) -> dict[str, Any]:
+    """The fields of a device, as ``docs/command-line.md`` lists them."""
+    return {"name": name, **asdict(device)}
 
 
-def description_lines(name: str, device: DeviceDescription, *, stored: bool = False) -> list[str]:
+def description_lines(name: str, device: DeviceDescription) -> list[str]:
     """The same for people."""
     pci = device.pci
     identity = (
@@ -28,14 +23,17 @@ def description_lines(name: str, device: DeviceDescription, *, stored: bool = Fa
         else f"{pci.vendor:04x}:{pci.device:04x}, subsystem {pci.subsystem_vendor:04x}:{pci.subsystem:04x}, "
         f"class {pci.class_code:06x}, revision {pci.revision:02x}"
     )
-    limit = "" if stored else f", of {show_size(device.config_limit)} that it takes"
+    kernel = "" if device.kernel is None else f", of Linux {device.kernel}"
+    size = "" if device.data_size is None else f"; about {show_size(device.data_size)} after a stop"
     return [
         f"device         {name}",
         f"  interface    {device.interface}",
+        f"  driver       {device.driver or 'unknown'}{kernel}",
         f"  version      {device.version if device.version is not None else 'none'}",
         f"  pci          {identity}",
+        f"  flags        {', '.join(device.flags) or 'none'}",
         f"  has          {_has(device)}",
-        f"  config       {show_size(device.config_size)}{limit}",
+        f"  config       {show_size(device.config_size)}, of {show_size(device.config_limit)} that it takes{size}",
     ]
 
 

@@ -6,6 +6,7 @@ from enum import IntEnum
 from typing import Literal, NamedTuple
 
 from vfiostream.errors import (
+    BadDescription,
     Incompatible,
     LocalProtocolError,
     NotConverged,
@@ -24,7 +25,7 @@ class Exit(IntEnum):
     """The source runs, or the file is untouched."""
     USAGE = 2
     DAMAGED = 4
-    """What came in is no valid stream or checkpoint."""
+    """What came in is no valid stream, checkpoint or description."""
     INCOMPATIBLE = 5
     CALLED_OFF = 6
     """Did not converge, or was cancelled: the source runs."""
@@ -65,6 +66,8 @@ def _code_of(error: VfiostreamError, has_source: bool) -> Exit:
     match error:
         case UsageError():
             return Exit.USAGE
+        case BadDescription():
+            return Exit.DAMAGED
         case StreamError() if not has_source:
             return Exit.DAMAGED
         case Incompatible():

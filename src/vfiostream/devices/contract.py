@@ -28,6 +28,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntFlag
 from typing import NamedTuple
 
 from vfiostream.buffers import Buffer
@@ -67,6 +68,31 @@ class DeviceDescription:
     """Bytes of config it can take: the size of its config region."""
     pci: PciIdentity | None
     """None for a device that is not on PCI."""
+    driver: str | None
+    """Name of the kernel's driver; None where that is not known, as over vfio-user."""
+    kernel: str | None
+    """Release of the kernel that the driver is part of; None over vfio-user."""
+    flags: tuple[str, ...]
+    """What its driver can do, each once: ``device-memory``, ``system-memory`` (the four regions' capabilities);
+    ``stop-copy``, ``p2p``, ``pre-copy`` (the migration states' flags); ``dma-log`` or ``iommu-log`` (who logs what it
+    writes to guest memory, where the interface does not say it).
+    """
+    data_size: int | None
+    """Bytes that it would give after a stop, as the driver estimates them; None where it can't be asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class DescribedDevice:
+    """A device that is not here: what a checkpoint or a description file says of it, which nobody vouches for."""
+
+    name: str
+    """Its address, where it was described."""
+    description: DeviceDescription
+
+
+def flag_names(flags: IntFlag) -> tuple[str, ...]:
+    """The known ones of ``flags`` as a description has them: ``PRE_COPY`` is ``pre-copy``."""
+    return tuple(flag.name.lower().replace("_", "-") for flag in type(flags) if flag.name and flag in flags)
 
 
 class Pending(NamedTuple):

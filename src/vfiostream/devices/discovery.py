@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from vfiostream.access.contract import Access, RegionInfo
-from vfiostream.devices.contract import DeviceDescription, PciIdentity
+from vfiostream.devices.contract import DeviceDescription, PciIdentity, flag_names
 from vfiostream.devices.control import Control
 from vfiostream.devices.operations import blocker, operation
 from vfiostream.devices.pci_space import PciSpace
@@ -82,6 +82,10 @@ async def discover(access: Access, infos: Sequence[RegionInfo], layout: LayoutNa
             config_size=config_size,
             config_limit=config_info.size,
             pci=None if pci is None else pci.identity,
+            driver=access.info.driver,
+            kernel=access.info.kernel,
+            flags=flag_names(caps),
+            data_size=None,  # the driver would capture
         ),
     )
 

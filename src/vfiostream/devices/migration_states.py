@@ -17,7 +17,7 @@ from typing import Self
 
 from vfiostream.access.contract import Access, MigrationData, PrecopyInfo, RegionInfo
 from vfiostream.buffers import Buffer
-from vfiostream.devices.contract import DeviceDescription, Pending
+from vfiostream.devices.contract import DeviceDescription, Pending, flag_names
 from vfiostream.devices.operations import blocker, logger, operation
 from vfiostream.devices.pci_space import PciSpace
 from vfiostream.devices.readable import Condition, ReadableDevice, describe
@@ -65,6 +65,18 @@ async def migration_flags(access: Access) -> MigrationFlags | None:
     return MigrationFlags(FEATURE_MIGRATION.unpack(raw)[0])
 
 
+async def _stop_copy_length(access: Access) -> int | None:
+    """How much there is to read after a stop, by the driver's estimate; None where that can't be asked."""
+    try:
+        with operation(access.name, "get migration data size"):
+            raw = await access.feature(FeatureOperation.GET, Feature.MIG_DATA_SIZE, size=FEATURE_DATA_SIZE.size)
+    except DeviceRefused as error:
+        logger.debug("%s", error)
+        return None
+    length: int = FEATURE_DATA_SIZE.unpack(raw)[0]
+    return length
+
+
 class MigrationStatesDevice(ReadableDevice[State]):
     """A device with the migration states; made by :meth:`open`."""
 
@@ -92,7 +104,8 @@ class MigrationStatesDevice(ReadableDevice[State]):
         """
         if MigrationFlags.STOP_COPY not in flags:
             raise blocker(access.name, f"its driver can't save its state (migration flags {flags:#x})")
-        description, pci = await describe(access, infos, "migration-states")
+        size = await _stop_copy_length(access)
+        description, pci = await describe(access, infos, "migration-states", flag_names(flags), size)
         return cls(access, description, pci, flags)
 
     # ---- states
@@ -189,7 +202,7 @@ class MigrationStatesDevice(ReadableDevice[State]):
     async def pending(self) -> Pending | None:
         with self._calls.call("pending"):
             info = await self._precopy_info() if self._pre_copy else None
-            length = await self._stop_copy_length()
+            length = await _stop_copy_length(self._access)
             if info is None and length is None:
                 return None
             initial, dirty = (0, 0) if info is None else (info.initial, info.dirty)
@@ -205,19 +218,6 @@ class MigrationStatesDevice(ReadableDevice[State]):
             return None
         logger.debug("%s: %s", self.name, info)
         return info
-
-    async def _stop_copy_length(self) -> int | None:
-        """How much there is to read after the stop, by the driver's estimate; None where that can't be asked."""
-        try:
-            with operation(self.name, "get migration data size"):
-                raw = await self._access.feature(
-                    FeatureOperation.GET, Feature.MIG_DATA_SIZE, size=FEATURE_DATA_SIZE.size
-                )
-        except DeviceRefused as error:
-            logger.debug("%s", error)
-            return None
-        length: int = FEATURE_DATA_SIZE.unpack(raw)[0]
-        return length
 
     async def quiesce(self) -> None:
         with self._calls.call("quiesce"):

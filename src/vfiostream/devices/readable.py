@@ -25,6 +25,7 @@ from vfiostream.devices.dma_log import DmaLog
 from vfiostream.devices.operations import blocker, logger, operation
 from vfiostream.devices.pci_space import PciSpace
 from vfiostream.errors import DeviceBroken, DeviceError, DeviceRefused, Incompatible
+from vfiostream.uapi.vfio import Feature, FeatureOperation
 
 S = TypeVar("S", bound=int)
 
@@ -46,16 +47,44 @@ _ADVICE = {
 
 
 async def describe(
-    access: Access, infos: Sequence[RegionInfo], interface: str
+    access: Access,
+    infos: Sequence[RegionInfo],
+    interface: str,
+    flags: tuple[str, ...] = (),
+    data_size: int | None = None,
 ) -> tuple[DeviceDescription, PciSpace | None]:
     """The description of a device with these regions, all of whose state comes in captures; and its config space."""
     pci = await PciSpace.find(access, infos)
-    with operation(access.name, "ask for a log of its DMA"):
-        logs = await access.can_log_dma()
+    logs = await _logs(access)
     with operation(access.name, "read the driver's own version"):
         version = await access.version()
-    identity = None if pci is None else pci.identity
-    return DeviceDescription(interface, version, True, logs, 0, 0, identity), pci
+    described = DeviceDescription(
+        interface=interface,
+        version=version,
+        device_memory=True,
+        dirty_tracking=bool(logs),
+        config_size=0,
+        config_limit=0,
+        pci=None if pci is None else pci.identity,
+        driver=access.info.driver,
+        kernel=access.info.kernel,
+        flags=(*flags, *logs),
+        data_size=data_size,
+    )
+    return described, pci
+
+
+async def _logs(access: Access) -> tuple[str, ...]:
+    """Who logs the device's DMA, as a flag; none where nobody does."""
+    with operation(access.name, "ask for a log of its DMA"):
+        if not await access.can_log_dma():
+            return ()
+    try:
+        with operation(access.name, "ask for a log of its own"):
+            await access.feature(FeatureOperation.PROBE | FeatureOperation.SET, Feature.DMA_LOGGING_START)
+    except DeviceRefused:
+        return ("iommu-log",)
+    return ("dma-log",)
 
 
 class ReadableDevice(BaseDevice, Generic[S]):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
-from vfiostream.devices.contract import Device, DeviceDescription, PciIdentity
+from vfiostream.devices.contract import DescribedDevice, Device, DeviceDescription, PciIdentity
 from vfiostream.errors import Incompatible
 from vfiostream.guest import GuestRange
 from vfiostream.pipeline.settings import Settings
@@ -25,43 +26,23 @@ def hello(
             SOFTWARE,
             ("sparse", "zstd") if settings.compression else ("sparse",),
             settings.chunk,
-            tuple(_entry(stream, device) for stream, device in devices),
+            tuple(entry(stream, device) for stream, device in devices),
             tuple(RangeEntry(stream, area.address, area.length) for stream, area in ranges),
         )
     except ValueError as error:
         raise Incompatible(f"this can't be described in a stream: {error}") from error
 
 
-def _entry(stream: int, device: Device) -> DeviceEntry:
+def entry(stream: int, device: Device | DescribedDevice) -> DeviceEntry:
+    """What a HELLO says of ``device``. Raises ValueError where it says of itself what no stream can hold."""
     known = device.description
-    pci = known.pci
-    return DeviceEntry(
-        stream,
-        device.name,
-        known.interface,
-        known.version,
-        known.device_memory,
-        known.dirty_tracking,
-        known.config_size,
-        None
-        if pci is None
-        else PciEntry(pci.vendor, pci.device, pci.subsystem_vendor, pci.subsystem, pci.class_code, pci.revision),
-    )
+    values = {name: getattr(known, name) for name in DeviceDescription.__slots__}
+    pci = None if known.pci is None else PciEntry(**asdict(known.pci))
+    return DeviceEntry(stream, device.name, **{**values, "pci": pci})
 
 
-def described(entry: DeviceEntry) -> DeviceDescription:
-    """The description of a source's device, as its stream tells it. Its ``config_limit`` is not told: its size stands
-    in.
-    """
-    pci = entry.pci
-    return DeviceDescription(
-        entry.interface,
-        entry.version,
-        entry.device_memory,
-        entry.dirty_tracking,
-        entry.config_size,
-        entry.config_size,
-        None
-        if pci is None
-        else PciIdentity(pci.vendor, pci.device, pci.subsystem_vendor, pci.subsystem, pci.class_code, pci.revision),
-    )
+def described(told: DeviceEntry) -> DescribedDevice:
+    """A source's device, as its stream tells it."""
+    values = {name: getattr(told, name) for name in DeviceDescription.__slots__}
+    pci = None if told.pci is None else PciIdentity(**asdict(told.pci))
+    return DescribedDevice(told.name, DeviceDescription(**{**values, "pci": pci}))

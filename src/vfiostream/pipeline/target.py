@@ -30,7 +30,7 @@ import anyio.lowlevel
 from vfiostream import _accel
 from vfiostream.buffers import Buffer
 from vfiostream.devices.contract import Device
-from vfiostream.devices.fit import unfit
+from vfiostream.devices.fit import fit
 from vfiostream.ending import to_the_end
 from vfiostream.errors import (
     ConnectionLost,
@@ -240,7 +240,10 @@ class Target:
         found = []
         for entry in hello.devices:
             device = self._devices[entry.stream]
-            found += [f"{device.name}: {problem}" for problem in await unfit(describe.described(entry), device)]
+            reasons, notes, _ = await fit(describe.described(entry).description, device)
+            for note in notes:
+                log.info("%s: %s", device.name, note)
+            found += [f"{device.name}: {problem}" for problem in reasons]
         theirs = [(area.address, area.length) for area in hello.ranges]
         ours = [(area.address, area.length) for area in self._ranges.values()]
         if theirs != ours:

@@ -16,7 +16,7 @@ from vfiostream.buffers import Buffer
 from vfiostream.protocol import limits
 
 MAGIC = b"VFS\xf1"
-VERSION = 1
+VERSION = 2
 
 FLAG_ZSTD = 1
 FLAG_ZERO = 2

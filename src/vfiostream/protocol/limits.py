@@ -16,6 +16,9 @@ MAX_TEXT = 4096
 MAX_NAME = 256
 """Bytes of any other text."""
 MAX_FEATURES = 16
+MAX_FLAGS = 16
+MAX_FLAG = 32
+"""Bytes of the name of a flag."""
 MAX_DEVICES = 64
 MAX_RANGES = 256
 MAX_BITMAP_PAGES = 512 * 1024

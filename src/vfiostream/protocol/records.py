@@ -57,7 +57,7 @@ def _unsigned(bits: int, least: int = 0, **values: Any) -> None:
 
 def _text(most: int, **values: Any) -> None:
     for name, value in values.items():
-        if type(value) is not str or len(value.encode()) > most or not value.isprintable():
+        if type(value) is not str or not value.isprintable() or len(value.encode()) > most:
             raise ValueError(f"{name} is not a printable text of at most {most} bytes")
 
 
@@ -70,6 +70,13 @@ def _bool(**values: Any) -> None:
 def _session(value: Any) -> None:
     if type(value) is not bytes or len(value) != 16:
         raise ValueError("session is not 16 bytes")
+
+
+def _flags(values: tuple[str, ...]) -> None:
+    for value in values:
+        _text(limits.MAX_FLAG, flag=value)
+    if len(values) > limits.MAX_FLAGS or len(set(values)) != len(values):
+        raise ValueError(f"flags are not at most {limits.MAX_FLAGS} different texts")
 
 
 def _features(values: tuple[str, ...]) -> None:
@@ -104,15 +111,20 @@ class PciEntry:
 
 @dataclass(frozen=True, slots=True)
 class DeviceEntry:
-    """A device in HELLO."""
+    """A device in HELLO: its description, as :class:`vfiostream.devices.contract.DeviceDescription` has it."""
 
     stream: int
     name: str
     interface: str
     version: str | None
+    driver: str | None
+    kernel: str | None
+    flags: tuple[str, ...]
     device_memory: bool
     dirty_tracking: bool
     config_size: int
+    config_limit: int
+    data_size: int | None
     pci: PciEntry | None
 
     def __post_init__(self) -> None:
@@ -120,8 +132,15 @@ class DeviceEntry:
         _text(limits.MAX_NAME, name=self.name, interface=self.interface)
         if self.version is not None:
             _text(limits.MAX_TEXT, version=self.version)
+        if self.driver is not None:
+            _text(limits.MAX_NAME, driver=self.driver)
+        if self.kernel is not None:
+            _text(limits.MAX_NAME, kernel=self.kernel)
+        _flags(self.flags)
         _bool(device_memory=self.device_memory, dirty_tracking=self.dirty_tracking)
-        _unsigned(64, config_size=self.config_size)
+        _unsigned(64, config_size=self.config_size, config_limit=self.config_limit)
+        if self.data_size is not None:
+            _unsigned(64, data_size=self.data_size)
         if self.config_size > limits.MAX_CONFIG:
             raise ValueError(f"config_size is {self.config_size} (the limit is {limits.MAX_CONFIG})")
 
@@ -450,14 +469,15 @@ def encode(record: Record) -> bytes:
     cls = type(record)
     if cls in _FLAT:
         return pack({name: getattr(record, name) for name in _HEADER_FIELDS[cls]})
-    return pack(_plain(record))
+    return pack(plain(record))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A record, or an entry of one, as maps and arrays of its fields."""
     if type(value) in _HEADER_FIELDS:
-        return {name: _plain(getattr(value, name)) for name in _HEADER_FIELDS[type(value)]}
+        return {name: plain(getattr(value, name)) for name in _HEADER_FIELDS[type(value)]}
     if isinstance(value, tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value
 
 
@@ -493,7 +513,7 @@ def decode(type_: int, stream: int, sequence: int, header: Buffer) -> Record:
         if cls is Hello or cls is Welcome:
             values["features"] = tuple(_list(values["features"]))
         if cls is Hello:
-            values["devices"] = tuple(_device(entry) for entry in _list(values["devices"]))
+            values["devices"] = tuple(device_entry(entry) for entry in _list(values["devices"]))
             values["ranges"] = tuple(_entry(RangeEntry, entry) for entry in _list(values["ranges"]))
         made: Record = cls(stream=stream, **values) if streamed else cls(**values)
         return made
@@ -509,7 +529,7 @@ def _expect(cls: type[Any], values: Any) -> None:
 
 def _list(values: Any) -> list[Any]:
     if type(values) is not list:
-        raise ValueError("features, devices and ranges are not all arrays")
+        raise ValueError("features, devices, ranges and flags are not all arrays")
     return values
 
 
@@ -518,7 +538,8 @@ def _entry(cls: type[Any], values: Any) -> Any:
     return cls(**values)
 
 
-def _device(values: Any) -> DeviceEntry:
+def device_entry(values: Any) -> DeviceEntry:
+    """A device in HELLO of the map of its fields; raises ValueError where it is none."""
     _expect(DeviceEntry, values)
-    pci = values["pci"]
-    return DeviceEntry(**{**values, "pci": None if pci is None else _entry(PciEntry, pci)})
+    pci = None if values["pci"] is None else _entry(PciEntry, values["pci"])
+    return DeviceEntry(**{**values, "flags": tuple(_list(values["flags"])), "pci": pci})
