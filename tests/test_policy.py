@@ -122,3 +122,11 @@ def test_rounds_without_content_keep_the_speed_that_was_seen() -> None:
 
 def test_devices_that_give_nothing_while_they_run_are_stopped() -> None:
     assert Precopy().judge(report(number=1, content=0, total=0, previous=None)._replace(rest=5)) is Verdict.SWITCHOVER
+
+
+def test_a_round_of_a_few_bytes_does_not_make_a_link_slow() -> None:
+    small = report(content=24, total=0, collected=10.0, ended=10.25)._replace(told_content=24, rest=96)
+    assert small.throughput == 96
+    assert small.expected_downtime < 0.001
+    assert Precopy().judge(small) is Verdict.SWITCHOVER
+    assert Precopy().judge(small._replace(rest=10 * MIB)) is Verdict.CONTINUE

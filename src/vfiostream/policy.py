@@ -13,6 +13,12 @@ from typing import Literal, NamedTuple
 from vfiostream.errors import UsageError
 
 
+TELLING = 1 << 20
+"""Bytes of content from which on the time of a round tells how fast the link is. A shorter round tells how long one
+takes at all, and a longer one would have taken no more: a device of 60 bytes would never be still enough for its link.
+"""
+
+
 class Verdict(Enum):
     CONTINUE = "continue"
     SWITCHOVER = "switchover"
@@ -71,6 +77,8 @@ class RoundReport(NamedTuple):
         """
         if self.pending == 0:
             return 0.0
+        if 0 < self.content < TELLING:
+            return self.pending * max(self.ended - self.collected, 1e-6) / TELLING
         return self.pending / self.throughput if self.throughput else float("inf")
 
 
