@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+KERNEL_TESTS = Path(__file__).parent / "kernel"
 
 for suite in ("access_contract", "between", "device_contract", "transport_contract", "movers", "interference"):
     pytest.register_assert_rewrite(f"tests.{suite}")
@@ -19,3 +23,12 @@ for suite in ("access_contract", "between", "device_contract", "transport_contra
 )
 def anyio_backend(request: pytest.FixtureRequest) -> Any:
     return request.param
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say once that there is more, where the tests in ``tests/kernel`` would have run."""
+    if os.environ.get("VFIOSTREAM_IN_KERNEL") == "1":
+        return
+    asked_for = [(config.invocation_params.dir / arg.partition("::")[0]).resolve() for arg in config.args]
+    if any(path in (KERNEL_TESTS, *KERNEL_TESTS.parents, *KERNEL_TESTS.iterdir()) for path in asked_for):
+        terminalreporter.write_line("tests/kernel runs inside a kernel of its own: scripts/test-kernel")

@@ -12,11 +12,11 @@ import pytest
 
 from tests.movers import MIB, SMALL, Machine, guest, machines
 from vfiostream import checkpoint
+from vfiostream.ending import to_the_end
 from vfiostream.errors import ConnectionLost, DeviceLost, GuestError, SourceStuck, VfiostreamError
 from vfiostream.guest import Guest
 from vfiostream.migrate import receive, send
 from vfiostream.pipeline import source as source_module
-from vfiostream.pipeline.ending import to_the_end
 from vfiostream.pipeline.frames import read_reply
 from vfiostream.pipeline.settings import Settings
 from vfiostream.policy import Precopy, RoundReport, Verdict

@@ -25,6 +25,7 @@ COMMANDS = {
     "inspect": ("vfiostream.cli.checkpoint", "Say what is in a checkpoint, without checking all of it."),
     "verify": ("vfiostream.cli.checkpoint", "Check every byte of a checkpoint."),
     "check": ("vfiostream.cli.check", "Say whether DEVICE can move, and whether it can go THERE; moves nothing."),
+    "devices": ("vfiostream.cli.devices", "List the devices of this host that could move, and what is in the way."),
     "bench": (
         "vfiostream.cli.bench",
         "Measure what this machine and a link do to a migration, without a device.",
@@ -71,8 +72,9 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
 def vfiostream() -> None:
     """Move the state of a VFIO device between hosts while it runs, or into a file and back.
 
-    DEVICE is vfio-user:SOCKET. DESTINATION and SOURCE are tcp:HOST:PORT or unix:PATH; a checkpoint is
-    file:PATH. Sizes and rates take KiB, MiB and GiB, times ms and s.
+    DEVICE is vfio-user:SOCKET, or vfio: and a device of the kernel's, which `devices` lists. DESTINATION and
+    SOURCE are tcp:HOST:PORT or unix:PATH; a checkpoint is file:PATH. Sizes and rates take KiB, MiB and GiB, times
+    ms and s.
 
     Exit codes: 0 done; 1 failed, the source runs; 2 usage; 4 verification failed; 5 not compatible; 6 did not
     converge or was cancelled, the source runs; 7 outcome unknown after the switchover.

@@ -24,15 +24,16 @@ from vfiostream.devices.contract import Device
 def check(device: str, there: str | None, device_timeout: float, output: Output) -> Exit:
     """Say whether DEVICE can move, and whether it can go THERE; moves nothing.
 
-    DEVICE is vfio-user:SOCKET. What it could go to is another such device, or the version string of one; for a
-    string, the driver of DEVICE is asked whether it takes that version. Exit code 5 where the answer is no.
+    DEVICE is vfio-user:SOCKET, or vfio: and a device of the kernel's (see `vfiostream devices`). What it could go to
+    is another such device, or the version string of one; for a string, the driver of DEVICE is asked whether it takes
+    that version. Exit code 5 where the answer is no.
     """
 
     async def work(run: Run) -> None:
         async with AsyncExitStack() as stack:
             source = await stack.enter_async_context(await open_device(device, timeout=device_timeout))
             target: Device | str | None = there
-            if there is not None and there.startswith("vfio-user:"):
+            if there is not None and there.startswith(("vfio-user:", "vfio:")):
                 target = await stack.enter_async_context(await open_device(there, timeout=device_timeout))
             run.result = _result(device, there, await compatibility.check(source, target))
 

@@ -49,8 +49,8 @@ def save(
 ) -> Exit:
     """Write a checkpoint of DEVICE, which runs on.
 
-    DEVICE is vfio-user:SOCKET and FILE is file:PATH. The device is stopped only while the last of its state is
-    read. The file has its name only when it is whole and durable.
+    DEVICE is vfio-user:SOCKET or vfio:NAME, and FILE is file:PATH. The device is stopped only while the last of its
+    state is read. The file has its name only when it is whole and durable.
     """
 
     async def work(run: Run) -> None:
@@ -84,8 +84,8 @@ def restore(
 ) -> Exit:
     """Load a checkpoint into DEVICE, and let it run.
 
-    FILE is file:PATH and DEVICE is vfio-user:SOCKET. The guest memory must have the ranges of the checkpoint.
-    The device runs only when the whole file has been loaded and checked.
+    FILE is file:PATH, and DEVICE vfio-user:SOCKET or vfio:NAME. The guest memory must have the ranges of the
+    checkpoint. The device runs only when the whole file has been loaded and checked.
     """
 
     async def work(run: Run) -> None:

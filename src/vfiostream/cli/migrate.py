@@ -38,9 +38,9 @@ def send(
 ) -> Exit:
     """Move DEVICE to whoever receives at DESTINATION.
 
-    DEVICE is vfio-user:SOCKET, and DESTINATION the tcp:HOST:PORT or unix:PATH at which `vfiostream receive`
-    waits. The device runs on here until the target has loaded and checked everything; when this fails, it goes
-    on running here.
+    DEVICE is vfio-user:SOCKET or vfio:NAME, and DESTINATION the tcp:HOST:PORT or unix:PATH at which
+    `vfiostream receive` waits. The device runs on here until the target has loaded and checked everything; when this
+    fails, it goes on running here.
     """
 
     async def work(run: Run) -> None:
@@ -75,7 +75,7 @@ def receive(
     """Take the device that is sent to SOURCE into DEVICE, and let it run.
 
     SOURCE is the tcp:HOST:PORT or unix:PATH to listen at; with port 0 the system chooses one, and it is
-    printed. DEVICE is vfio-user:SOCKET. One sender is served. Whoever can connect can send: there is no
+    printed. DEVICE is vfio-user:SOCKET or vfio:NAME. One sender is served. Whoever can connect can send: there is no
     authentication.
     """
 

@@ -24,6 +24,7 @@ from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStre
 from vfiostream import _accel
 from vfiostream.buffers import Buffer
 from vfiostream.devices.contract import Device, Pending
+from vfiostream.ending import to_the_end
 from vfiostream.errors import (
     ConnectionLost,
     DeviceBroken,
@@ -37,7 +38,6 @@ from vfiostream.errors import (
 )
 from vfiostream.guest import Guest, GuestRange
 from vfiostream.pipeline import describe, failure
-from vfiostream.pipeline.ending import to_the_end
 from vfiostream.pipeline.frames import part, read_reply
 from vfiostream.pipeline.outbound import Outbound
 from vfiostream.pipeline.progress import Downtime, Progress, Summary

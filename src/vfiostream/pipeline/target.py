@@ -31,6 +31,7 @@ from vfiostream import _accel
 from vfiostream.buffers import Buffer
 from vfiostream.devices.contract import Device
 from vfiostream.devices.fit import unfit
+from vfiostream.ending import to_the_end
 from vfiostream.errors import (
     ConnectionLost,
     DeviceTimeout,
@@ -43,7 +44,6 @@ from vfiostream.errors import (
 from vfiostream.guest import Guest, GuestRange
 from vfiostream.pipeline import describe, failure
 from vfiostream.pipeline.budget import Budget, largest_chunk
-from vfiostream.pipeline.ending import to_the_end
 from vfiostream.pipeline.frames import FrameReader, Incoming, part
 from vfiostream.pipeline.progress import Downtime, Progress, Summary
 from vfiostream.pipeline.settings import Settings

@@ -28,7 +28,7 @@ from typing import Generic, NamedTuple, TypeVar, cast
 import anyio
 import anyio.to_thread
 
-from vfiostream.pipeline.ending import to_the_end
+from vfiostream.ending import to_the_end
 
 Context = TypeVar("Context")
 Result = TypeVar("Result")

@@ -1,0 +1,45 @@
+"""What the tests in here share: mediated devices, and the two ways to reach one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import TypeAlias
+
+import pytest
+
+from tests.kernel import mdev as mdevs, raw_vfio
+
+if os.environ.get("VFIOSTREAM_IN_KERNEL") != "1":  # tests/conftest.py tells the user how to run them
+    collect_ignore_glob = ["test_*.py"]
+
+MakeMdev: TypeAlias = Callable[[str], mdevs.Mdev]
+MakeHolder: TypeAlias = Callable[[], raw_vfio.Holder]
+
+
+@pytest.fixture
+def mdev() -> Iterator[MakeMdev]:
+    """Makes devices of a type (``mdev("mtty-2")``), which are removed after the test. They must be closed by then."""
+    with ExitStack() as removals:  # all of them, whatever becomes of one
+
+        def make(type_name: str) -> mdevs.Mdev:
+            made = mdevs.create(type_name)
+            removals.callback(made.remove)
+            return made
+
+        yield make
+
+
+@pytest.fixture(params=[raw_vfio.Type1, raw_vfio.Iommufd], ids=["group", "cdev"])
+def holder(request: pytest.FixtureRequest, mdev: MakeMdev) -> Iterator[MakeHolder]:
+    """Makes what devices are opened in by hand; all of them are closed after the test, and before the devices go."""
+    made: list[raw_vfio.Holder] = []
+
+    def make() -> raw_vfio.Holder:
+        made.append(request.param())
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()  # may be called again
