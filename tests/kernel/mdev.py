@@ -38,8 +38,8 @@ class Mdev:
         return Path("/dev/vfio/devices") / entry.name
 
     def remove(self) -> None:
-        """Raises AssertionError when somebody still has it open. The kernel waits for them then, and whoever asked waits
-        with it, which had better be a process that we can do without.
+        """Raises AssertionError when somebody still has it open. The kernel waits for them then, and who asks it waits
+        as well: that had better be a process of its own.
         """
         asking = subprocess.Popen(["sh", "-c", 'echo 1 >"$0"', self.sysfs / "remove"])
         try:

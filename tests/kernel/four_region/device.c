@@ -439,6 +439,8 @@ static int fr_make_memory(struct fr_device *fr)
 	fr->pages = fr->type->memory >> PAGE_SHIFT;
 	bits = BITS_TO_LONGS(fr->pages) * sizeof(long);
 	fr->head_size = PAGE_ALIGN(sizeof(struct fr_head) + bits);
+	if (WARN_ON(fr->head_size > fr->type->memory_region))
+		return -EINVAL;
 	chunks = DIV_ROUND_UP(fr_capture_size(fr, fr->pages), fr->type->memory_region);
 	fr->memory = vzalloc(fr->type->memory);
 	fr->saving.head = vzalloc(fr->head_size);

@@ -113,7 +113,7 @@ enum fr_map { FR_MAP_WHOLE, FR_MAP_SPARSE, FR_MAP_NONE };
 struct fr_type {
 	struct mdev_type type;
 	u64 memory;		/* bytes, a power of two of at least 256 KiB, or 0 */
-	u64 memory_region, config_region, bitmap_region;
+	u64 memory_region, config_region, bitmap_region;	/* a capture's head fits the first */
 	u32 caps;
 	u32 generation;
 	enum fr_map map;
@@ -165,7 +165,6 @@ struct fr_loading {
 	u32 captures;
 	u64 total, pos;		/* of the capture; equal: nothing is due */
 	struct fr_head *head;
-	u64 head_filled;
 	unsigned long next_page;
 };
 

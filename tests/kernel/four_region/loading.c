@@ -26,7 +26,6 @@ int fr_begin_capture(struct fr_device *fr, u64 size)
 	loading->in_capture = true;
 	loading->total = size;
 	loading->pos = 0;
-	loading->head_filled = 0;
 	return 0;
 }
 
@@ -65,16 +64,14 @@ static int fr_check_bits(struct fr_device *fr)
 static int fr_take_chunk(struct fr_device *fr, const u8 *data, u64 count)
 {
 	struct fr_loading *loading = &fr->loading;
-	u64 part = min(count, fr->head_size - loading->head_filled);
+	u64 part = 0;
 	int ret;
 
-	if (part) {
-		bool first = !loading->head_filled;
-
-		memcpy((u8 *)loading->head + loading->head_filled, data, part);
-		loading->head_filled += part;
-		ret = first ? fr_check_head(fr) : 0;	/* a chunk is at least a page */
-		if (!ret && loading->head_filled == fr->head_size)
+	if (!loading->pos) {
+		part = min(count, fr->head_size);	/* less, where it is garbage */
+		memcpy(loading->head, data, part);
+		ret = fr_check_head(fr);
+		if (!ret)
 			ret = fr_check_bits(fr);
 		if (ret)
 			return ret;

@@ -26,7 +26,7 @@ static struct fr_type fr_types[] = {
 	FR_TYPE("16M-sparse", SZ_16M, SZ_1M, .map = FR_MAP_SPARSE, .bitmap_region = SZ_16K),
 	FR_TYPE("16M-nomap", SZ_16M, SZ_1M, .map = FR_MAP_NONE, .bitmap_region = SZ_4K),
 	FR_TYPE("16M-packed", SZ_16M, SZ_4M, .packed = true, .config_region = SZ_1M),
-	FR_TYPE("16M-small", SZ_16M, SZ_4K, .bitmap_region = SZ_4K),
+	FR_TYPE("16M-small", SZ_16M, SZ_64K, .bitmap_region = SZ_4K),
 	FR_TYPE("16M-next", SZ_16M, SZ_16M, .generation = 2),
 	FR_TYPE("16M-untracked", SZ_16M, SZ_16M, .caps = FR_CAP_DEVICE_MEMORY),
 	FR_TYPE("0M", 0, 0, .caps = FR_CAP_SYSTEM_MEMORY),
