@@ -26,6 +26,10 @@ COMMANDS = {
     "verify": ("vfiostream.cli.checkpoint", "Check every byte of a checkpoint."),
     "check": ("vfiostream.cli.check", "Say whether DEVICE can move, and whether it can go THERE; moves nothing."),
     "devices": ("vfiostream.cli.devices", "List the devices of this host that could move, and what is in the way."),
+    "conformance": (
+        "vfiostream.cli.conformance",
+        "Check DEVICE against the rules of its interface of migration, for the author of its driver.",
+    ),
     "bench": (
         "vfiostream.cli.bench",
         "Measure what this machine and a link do to a migration, without a device.",
@@ -77,7 +81,7 @@ def vfiostream() -> None:
     ms and s.
 
     Exit codes: 0 done; 1 failed, the source runs; 2 usage; 4 verification failed; 5 not compatible; 6 did not
-    converge or was cancelled, the source runs; 7 outcome unknown after the switchover.
+    converge or was cancelled, the source runs; 7 outcome unknown after the switchover; 8 a driver breaks a rule.
     """
 
 
