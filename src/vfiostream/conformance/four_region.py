@@ -75,8 +75,8 @@ class FourRegionSubject(Subject):
                 return info
         raise NotTestable(f"the device has no {subtype.name.lower()} region")
 
-    async def region(self, subtype: Subtype) -> Region:
-        return await Region.open(self.access, self.info(subtype), f"{subtype.name.lower()} region")
+    async def data_region(self, subtype: Subtype) -> Region:
+        return await self.region(self.info(subtype).index, f"{subtype.name.lower()} region")
 
     async def put(self, offset: int, data: bytes) -> None:
         """Write to the control region what no operation would."""
@@ -115,7 +115,7 @@ class FourRegionSubject(Subject):
         size = await self.control.get_memory_size() if size is None else size
         if size > MAX_STREAM:
             raise too_much()
-        region, whole = await self.region(Subtype.MEMORY), bytearray(size)
+        region, whole = await self.data_region(Subtype.MEMORY), bytearray(size)
         for pos in range(0, size, region.size):
             await self.control.get_memory(pos)
             await region.read(0, memoryview(whole)[pos : pos + region.size])
@@ -123,7 +123,7 @@ class FourRegionSubject(Subject):
 
     async def config(self) -> bytes:
         size = await self.control.get_config_size()
-        region = await self.region(Subtype.CONFIG)
+        region = await self.data_region(Subtype.CONFIG)
         if not 0 < size <= region.size:
             raise Broken(f"the config has {size} bytes, and its region {region.size}")
         await self.control.get_config()
@@ -145,7 +145,7 @@ class FourRegionSubject(Subject):
         return self._saved
 
     async def load_memory(self, data: bytes) -> None:
-        region = await self.region(Subtype.MEMORY)
+        region = await self.data_region(Subtype.MEMORY)
         await self.control.set_memory_size(len(data))
         for pos in range(0, len(data), region.size):
             await region.write(0, memoryview(data)[pos : pos + region.size])
@@ -153,22 +153,25 @@ class FourRegionSubject(Subject):
 
     async def load_config(self, data: bytes) -> None:
         await self.control.set_config_size(len(data))
-        await (await self.region(Subtype.CONFIG)).write(0, memoryview(data))
+        await (await self.data_region(Subtype.CONFIG)).write(0, memoryview(data))
         await self.control.set_config()
 
     async def load(self, saved: Saved) -> None:
         """Stop the device, load it and let it run."""
         await self.control.set_state(State.STOP)
+        await self.load_data(saved)
+        await self.control.set_state(State.RUNNING)
+
+    async def load_data(self, saved: Saved) -> None:
         if saved.memory:
             await self.load_memory(saved.memory)
         await self.load_config(saved.config)
-        await self.control.set_state(State.RUNNING)
 
     async def bitmap(self) -> set[int]:
         """The pages told to be dirty of the guest memory of a check."""
         into = bytearray(GUEST_PAGES // 8)
         await self.control.get_bitmap(GUEST_IOVA, GUEST_PAGES)
-        await (await self.region(Subtype.BITMAP)).read(0, memoryview(into))
+        await (await self.data_region(Subtype.BITMAP)).read(0, memoryview(into))
         return bits(into)
 
 
@@ -285,17 +288,27 @@ async def states_refused(subject: FourRegionSubject) -> None:
     together(seen)
 
 
+@FOUR.rule(
+    "reset-told",
+    "A device that can be moved says that it can be reset, as there may be no other way out of a failed load.",
+    "linux/vfio.h, VFIO_DEVICE_FLAGS_RESET",
+)
+async def reset_told(subject: FourRegionSubject) -> None:
+    if not subject.access.info.can_reset:
+        raise Broken("its flags do not have VFIO_DEVICE_FLAGS_RESET")
+
+
 @FOUR.rule("reset", "A reset in each state makes the device run: then nothing can be loaded.", "VFIO_DEVICE_RESET")
 async def reset(subject: FourRegionSubject) -> None:
-    if not subject.access.info.can_reset:
-        raise NotTestable("the device says that it can't be reset")
+    if refused := await refusal(subject.access.reset()):
+        raise NotTestable(f"a reset was refused with {named(refused)}")
     saved = await subject.saved()
     seen = []
     for state in State:
         await subject.control.set_state(state)
         await subject.access.reset()
-        if await refusal(subject.load_config(saved.config)) is None:
-            seen.append(f"after a reset in {state.name}, a config was taken")
+        if await refusal(subject.load_data(saved)) is None:
+            seen.append(f"after a reset in {state.name}, memory and config were taken")
             await subject.reset()
     together(seen)
 
@@ -413,7 +426,7 @@ async def chunk_positions(subject: FourRegionSubject) -> None:
 )
 async def region_untouched(subject: FourRegionSubject) -> None:
     await subject.run()
-    region = await subject.region(Subtype.CONFIG)
+    region = await subject.data_region(Subtype.CONFIG)
     mark = bytes(range(251)) * (region.size // 251 + 1)
     await region.write(0, memoryview(mark)[: region.size])
     await subject.control.get_version()
@@ -501,7 +514,7 @@ async def load_short(subject: FourRegionSubject) -> None:
     await target.control.set_state(State.STOP)
     await target.control.set_memory_size(len(saved.memory))
     if len(saved.memory) > chunk:
-        await (await target.region(Subtype.MEMORY)).write(0, memoryview(saved.memory)[:chunk])
+        await (await target.data_region(Subtype.MEMORY)).write(0, memoryview(saved.memory)[:chunk])
         await target.control.set_memory(0)
     refused = await refusal(target.load_config(saved.config)) or await refusal(target.control.set_state(State.RUNNING))
     await target.reset()

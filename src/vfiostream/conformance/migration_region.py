@@ -77,16 +77,22 @@ class MigrationRegionSubject(StreamSubject):
     async def stop(self) -> None:
         await self.go(STOP)
 
+    async def data_region(self) -> Region:
+        return await self.region(self.info.index, "migration region")
+
     async def segment(self) -> bytes:
-        """The data at hand, copied out of the region; raises :class:`Broken` where that can't be."""
+        """The data at hand, copied out of the region; raises :class:`NotTestable` where that can't be: the rule
+        pending-place is about that.
+        """
         offset, size = await self.place()
         if not (MIGRATION_INFO.size <= offset and offset + size <= self.info.size):
-            raise Broken(
-                f"{size} bytes at {offset} are not behind the header and in the {self.info.size} of the region"
+            raise NotTestable(
+                f"the driver offers {size} bytes at {offset}, not behind the header and within the {self.info.size} of "
+                "the region"
             )
         into = bytearray(size)
         if size:
-            await (await Region.open(self.access, self.info, "migration region")).read(offset, memoryview(into))
+            await (await self.data_region()).read(offset, memoryview(into))
         return bytes(into)
 
     async def segments(self) -> list[bytes]:
@@ -114,7 +120,7 @@ class MigrationRegionSubject(StreamSubject):
         await self.go(RESUMING)
 
     async def put(self, piece: bytes) -> None:
-        region = await Region.open(self.access, self.info, "migration region")
+        region = await self.data_region()
         rest = memoryview(piece)
         while rest:  # more than once only for a target with a smaller region
             offset = await self.get(MIGRATION_INFO_DATA_OFFSET)
@@ -159,9 +165,8 @@ async def region(subject: MigrationRegionSubject) -> None:
 
 @REGION.rule("state-start", "A device that was opened or reset is in RUNNING.", f"{_INFO}: the default state")
 async def state_start(subject: MigrationRegionSubject) -> None:
-    if not subject.access.info.can_reset:
-        raise NotTestable("the device says that it can't be reset, so what it was in before is not known")
-    await subject.access.reset()
+    if refused := await refusal(subject.access.reset()):
+        raise NotTestable(f"a reset was refused with {named(refused)}")
     if (state := await subject.state()) != RUNNING:
         raise Broken(f"it is in {name_of(state)}")
 
@@ -209,10 +214,20 @@ async def states_refused(subject: MigrationRegionSubject) -> None:
     together(seen)
 
 
+@REGION.rule(
+    "reset-told",
+    "A device that can be moved says that it can be reset, as there may be no other way out of a failed load.",
+    "linux/vfio.h of Linux 5.8, VFIO_DEVICE_FLAGS_RESET; the error state wants it",
+)
+async def reset_told(subject: MigrationRegionSubject) -> None:
+    if not subject.access.info.can_reset:
+        raise Broken("its flags do not have VFIO_DEVICE_FLAGS_RESET")
+
+
 @REGION.rule("reset", "A reset brings the device from each of its states to RUNNING.", f"{_INFO}; VFIO_DEVICE_RESET")
 async def reset(subject: MigrationRegionSubject) -> None:
-    if not subject.access.info.can_reset:
-        raise NotTestable("the device says that it can't be reset")
+    if refused := await refusal(subject.access.reset()):
+        raise NotTestable(f"a reset was refused with {named(refused)}")
     stream = await subject.stream()
     seen = []
     for state in (STOP, PRE_COPY, STOP_COPY, RESUMING):
@@ -238,7 +253,11 @@ async def pending_place(subject: MigrationRegionSubject) -> None:
         await subject.reset()
         await subject.go(state)
         while await subject.pending():
-            if not await subject.segment():
+            try:
+                size = len(await subject.segment())
+            except NotTestable as found:
+                raise Broken(str(found)) from found
+            if not size:
                 break
             if state == PRE_COPY:  # a busy device need not come to an end
                 break

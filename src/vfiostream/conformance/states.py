@@ -101,9 +101,9 @@ class StatesSubject(StreamSubject):
         return True
 
     def session(self) -> MigrationData:
-        """The data at hand."""
+        """The data at hand; raises :class:`NotTestable` where there is none: the rule data-opened is about that."""
         if self.data is None:
-            raise Broken("the driver began a session and gave no data for it")
+            raise NotTestable("the driver began a session and gave no data for it")
         return self.data
 
     async def run(self) -> None:
@@ -207,8 +207,8 @@ _SET_STATE = "linux/vfio.h, vfio_device_feature_mig_state"
     "linux/vfio.h, vfio_device_feature_migration",
 )
 async def flags(subject: StatesSubject) -> None:
-    known = MigrationFlags.STOP_COPY | MigrationFlags.P2P | MigrationFlags.PRE_COPY
-    if MigrationFlags.STOP_COPY not in subject.flags or subject.flags & ~known:
+    known = int(MigrationFlags.STOP_COPY | MigrationFlags.P2P | MigrationFlags.PRE_COPY)
+    if MigrationFlags.STOP_COPY not in subject.flags or int(subject.flags) & ~known:
         raise Broken(f"the flags are {int(subject.flags):#x}")
 
 
@@ -268,10 +268,20 @@ def _not_refused(subject: StatesSubject, changes: list[Seen]) -> list[str]:
     return seen
 
 
+@STATES.rule(
+    "reset-told",
+    "A device that can be moved says that it can be reset, as there may be no other way out of a failed load.",
+    "linux/vfio.h, VFIO_DEVICE_FLAGS_RESET; RESUMING -> STOP and ERROR want it",
+)
+async def reset_told(subject: StatesSubject) -> None:
+    if not subject.access.info.can_reset:
+        raise Broken("its flags do not have VFIO_DEVICE_FLAGS_RESET")
+
+
 @STATES.rule("reset", "A reset brings the device from each of its states to RUNNING.", f"{_HEADER}; VFIO_DEVICE_RESET")
 async def reset(subject: StatesSubject) -> None:
-    if not subject.access.info.can_reset:
-        raise NotTestable("the device says that it can't be reset")
+    if refused := await refusal(subject.access.reset()):
+        raise NotTestable(f"a reset was refused with {named(refused)}")
     stream = await subject.stream()
     seen = []
     for state in subject.states:

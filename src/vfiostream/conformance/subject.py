@@ -16,6 +16,7 @@ import anyio
 from vfiostream.access.contract import Access
 from vfiostream.conformance import doorbell
 from vfiostream.conformance.rules import NotTestable
+from vfiostream.devices.regions import Region
 from vfiostream.errors import DeviceError, DeviceRefused, UsageError
 
 Opener = Callable[[], Awaitable[Access]]
@@ -30,7 +31,7 @@ WATCH = 0.5
 """Seconds that a device is given to write guest memory by itself."""
 GLANCE = 0.005
 """Seconds between two looks at guest memory."""
-STILL = 0.1
+STILL = 0.05
 """Seconds that a stopped device is watched for writes."""
 
 
@@ -74,11 +75,11 @@ class Subject(ABC):
         """Let go of what is open beside the access; never raises."""
 
     async def reset(self) -> None:
-        """Bring it back within a check: a reset, or where that can't be had, opening it anew; then it runs."""
+        """Bring it back within a check: by a reset, whatever it says of having one, or else by opening it anew. Then it
+        runs.
+        """
         await self.close_data()
-        if self.access.info.can_reset:
-            await self.access.reset()
-        else:
+        if await refusal(self.access.reset()) is not None:
             await self.reopen()
         await self.run()
 
@@ -93,21 +94,22 @@ class Subject(ABC):
         """
         await self.close_data()
         try:
-            if self.access.info.can_reset:
-                await self.access.reset()  # before it is closed: a driver may not expect to be closed in mid-load
+            await self.access.reset()  # before it is closed: a driver may not expect to be closed in mid-load
         except DeviceError:
-            pass  # it may be lost, and be had by opening it anew
+            pass  # it can't be, or it is lost and can be had by opening it anew
         try:
             await self.reopen()
-            if self.access.info.can_reset:
-                await self.access.reset()
-            await self.run()
+            await self.reset()
         except (DeviceError, UsageError, OSError) as error:
             raise Unusable(str(error)) from error
 
     async def aclose(self) -> None:
         await self.close_data()
         await self.access.aclose()
+
+    async def region(self, index: int, name: str) -> Region:
+        """A data region, of the access as it is now."""
+        return await Region.open(self.access, await self.access.region_info(index), name)
 
     # ---- guest memory
 
