@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import NamedTuple
 
@@ -27,7 +27,9 @@ READ = 1 << 16
 REST = 1 << 20
 """The same, for what follows the pieces that a check is about."""
 SIZES = (1, 2, 3, 5, 7, 8, 13, 64, 511, 512, 4095, 4096, 4097, 65537, 1 << 20)
-"""Sizes of reads and writes to try."""
+"""Sizes of reads and writes to try, of a stream that is too long to try all of them."""
+EVERY_SIZE = 128
+"""Bytes of a stream of which every size is tried."""
 PIECES = 512
 """Reads and writes of one size, after which the rest goes faster."""
 NOT_STATES = (8, 99, 0xFFFF_FFFF)
@@ -480,6 +482,10 @@ async def precopy_goes_on(subject: StatesSubject) -> None:
         raise Broken(f"such a stream was {loaded}")
 
 
+def _sizes(data: bytes) -> Sequence[int]:
+    return range(1, len(data) + 1) if len(data) <= EVERY_SIZE else (*SIZES, len(data))
+
+
 @STATES.rule(
     "read-sizes",
     "Reads of every size give at most as much as was asked for, and together the whole stream.",
@@ -487,7 +493,7 @@ async def precopy_goes_on(subject: StatesSubject) -> None:
 )
 async def read_sizes(subject: StatesSubject) -> None:
     seen = []
-    for size in SIZES:
+    for size in _sizes((await subject.stream()).data):
         await subject.place(State.STOP_COPY)
         pieces = await subject.read_to_end(size, PIECES)
         loaded = await subject.target.load(b"".join(pieces), (READ,))
@@ -504,7 +510,7 @@ async def read_sizes(subject: StatesSubject) -> None:
 async def write_sizes(subject: StatesSubject) -> None:
     data, _ = await subject.stream()
     seen = []
-    for size in (*SIZES, len(data)):
+    for size in _sizes(data):
         loaded = await subject.target.load(data, (*[size] * PIECES, max(size, REST)))
         if not loaded.accepted:
             seen.append(f"a stream written in pieces of {size} bytes was {loaded}")
