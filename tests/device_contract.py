@@ -44,6 +44,7 @@ from vfiostream.errors import (
     DeviceBroken,
     DeviceError,
     DeviceRefused,
+    DeviceTimeout,
     Incompatible,
     LocalProtocolError,
     VfiostreamError,
@@ -1269,6 +1270,19 @@ class ReadableContract(DeviceContract):
                 bitmap = bytearray(2)
                 await source.merge_dirty(IOVA, 10, memoryview(bitmap))
                 assert any(bitmap)
+
+    async def test_it_runs_before_its_log_is_stopped(self, opened: Opener) -> None:
+        class Slow(Between):
+            async def stop_dma_log(self) -> None:
+                raise DeviceTimeout(f"{self.name}: no answer")
+
+        with self.driver() as one, guest_memory(10) as fd:
+            async with opened(one, Slow) as source:
+                await source.dma_map(IOVA, 10 * PAGE, fd, 0)
+                await source.start_precopy()
+                with pytest.raises(DeviceTimeout, match="stop the DMA log"):
+                    await source.resume()
+                assert runs_free(one)
 
     async def test_dirty_pages_of_memory_that_was_not_mapped_can_not_be_asked_for(self, opened: Opener) -> None:
         with self.driver() as one:

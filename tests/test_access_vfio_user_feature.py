@@ -172,14 +172,37 @@ async def test_a_server_that_closes_the_connection(command: str) -> None:
 # ---- states and data
 
 
-async def test_which_states_have_data() -> None:
+async def test_which_states_open_a_stream() -> None:
     def script(peer: Peer) -> None:
-        for state in MigrationState:
+        for state in (*MigrationState, PRE_COPY, PRE_COPY_P2P, PRE_COPY, STOP_COPY, STOP_COPY):
             assert answer(peer, SET | 2) == FEATURE_MIG_STATE.pack(state, -1)
 
     async with device(script) as access:
-        found = {state for state in MigrationState if await access.set_migration_state(state) is not None}
-        assert found == {PRE_COPY, PRE_COPY_P2P, STOP_COPY, RESUMING}
+        opened = [await access.set_migration_state(state) is not None for state in MigrationState]
+        assert opened == [False, False, False, True, True, False, True, False]  # after PRE_COPY, its stream goes on
+        goes_on = [PRE_COPY, PRE_COPY_P2P, PRE_COPY, STOP_COPY]
+        assert [await access.set_migration_state(state) for state in goes_on] == [None] * 4
+        assert await access.set_migration_state(STOP_COPY) is not None
+
+
+@pytest.mark.parametrize("between", ["refused", "reset"])
+async def test_where_it_is_not_certain_that_a_stream_goes_on_it_is_another(between: str) -> None:
+    def script(peer: Peer) -> None:
+        answer(peer, SET | 2)
+        if between == "reset":
+            peer.reply(peer.expect(Command.DEVICE_RESET))
+        else:
+            peer.reply(feature(peer)[0], number=errno.EIO)
+        answer(peer, SET | 2)
+
+    async with device(script) as access:
+        assert await access.set_migration_state(PRE_COPY) is not None
+        if between == "reset":
+            await access.reset()
+        else:
+            with pytest.raises(DeviceRefused):
+                await access.set_migration_state(STOP_COPY)
+        assert await access.set_migration_state(STOP_COPY) is not None
 
 
 @asynccontextmanager

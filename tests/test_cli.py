@@ -138,6 +138,8 @@ def test_the_options_that_others_rely_on() -> None:
     for name in ("send", "save"):
         assert {"--downtime-limit", "--max-bandwidth", "--max-rounds", "--max-time", "--compress"} <= options_of(name)
     assert "--force" in options_of("save")
+    for path in (("send",), ("receive",), ("save",), ("restore",), ("check",), ("device", "resume")):
+        assert {"--record", "--record-payloads"} <= options_of(*path)
     assert options_of("device", "serve") >= {
         "--interface", "--states",
         "--memory", "--config", "--dirty-rate", "--pattern", "--data", "--seed", "--memory-region", "--config-region",
@@ -174,6 +176,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["save", "vfio-user:x", "tcp:h:1"], "write file:PATH"),
         (["restore", "x", "vfio-user:x"], "write file:PATH"),
         (["inspect", "x"], "write file:PATH"),
+        (["send", "replay:/nonexistent/x", "tcp:h:1"], "can't be opened"),
+        (["check", "vfio-user:x", "--record-payloads"], "nothing is recorded"),
+        (["save", "vfio-user:x", "file:x", "--record", "a", "--record", "b"], "2 records of 1 devices"),
+        (["check", "vfio-user:x", "--record", "/nonexistent/x"], "no record can be made"),
+        (["record", "show", "/nonexistent/x"], "can't be opened"),
         (["device", "serve", "x", "--memory", "5"], "whole pages"),
         (["device", "serve", "x", "--fault", "get-memory:1"], "is not a fault"),
         (["device", "serve", "x", "--pattern", "spiral"], "'spiral' is not one of"),

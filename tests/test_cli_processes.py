@@ -227,6 +227,96 @@ def test_check(call: Call, source: str, target: str, socket_dir: Path) -> None:
     assert digest_and_state(source)[1] == State.RUNNING
 
 
+@pytest.mark.parametrize("payloads", [True, False])
+def test_a_device_is_recorded_and_replayed(
+    call: Call, still: str, target: str, checkpoint: Path, tmp_path: Path, payloads: bool
+) -> None:
+    here, there, again = tmp_path / "here.record", tmp_path / "there.record", tmp_path / "again"
+    options = ("--record-payloads",) if payloads else ()
+    rounds = ("--max-rounds", "1", "--if-not-converged", "stop")
+    saved = call("save", still, f"file:{tmp_path / 'c'}", "--record", here, *options, *rounds)
+    assert (saved.code, saved.errors) == (0, "")
+    assert "warning" not in saved.output
+    assert call("restore", f"file:{checkpoint}", target, "--record", there, *options).code == 0
+
+    replayed = call("save", f"replay:{here}", f"file:{again}", "--json", "--chunk", "64KiB", *rounds)
+    assert (replayed.code, replayed.errors) == (0, "")
+    (warning,) = replayed.events[-1]["warnings"]
+    assert warning.startswith(f"replay:{here} is a record of {still} and no device")
+    assert ("zeros" in warning) != payloads
+    assert call("verify", f"file:{again}").code == 0
+    (original,), (made_up,) = (call("inspect", f"file:{path}", "--json").events for path in (tmp_path / "c", again))
+    assert made_up["devices"] == [{**original["devices"][0], "name": f"replay:{here}"}]
+    for size in ("rounds", "memory", "config"):
+        assert made_up[size] == original[size]
+
+    restored = call("restore", f"file:{checkpoint}", f"replay:{there}", "--json")
+    assert (restored.code, restored.errors) == (0, "")
+    assert restored.events[-1]["warnings"][0].startswith(f"replay:{there} is a record of {target}")
+    other = call("restore", f"file:{again}", f"replay:{there}")
+    assert other.code == (1 if payloads else 0)  # other bytes: a record without any can't tell
+    assert call("check", f"replay:{here}", f"replay:{there}").code == 0
+
+    diverged = call("device", "resume", f"replay:{there}")
+    assert diverged.code == 1
+    assert "where event 22 of the record is to write" in sentence(diverged)
+
+
+def test_a_busy_device_is_replayed_in_as_many_rounds(source: str, tmp_path: Path) -> None:
+    memory = tmp_path / "memory"
+    memory.touch()
+    os.truncate(memory, 4 * MIB)
+    rounds = ("--downtime-limit", "0ms", "--max-rounds", "3", "--if-not-converged", "stop")
+    options = ("--guest-memory", f"{GPA}={memory}", "--json", *rounds)
+    saved = run("save", source, f"file:{tmp_path / 'a'}", "--record", tmp_path / "r", *options)
+    replayed = run("save", f"replay:{tmp_path / 'r'}", f"file:{tmp_path / 'b'}", "--chunk", "128KiB", *options)
+    for ended in (saved, replayed):
+        assert (ended.code, ended.errors) == (0, "")
+        assert ended.events[-1]["rounds"] == 4
+
+
+def test_each_device_has_its_record(call: Call, source: str, target: str, tmp_path: Path) -> None:
+    files = tmp_path / "a.record", tmp_path / "b.record"
+    records = tuple(word for file in files for word in ("--record", file))
+    assert call("check", source, target, *records).code == 0
+    replayed = call("check", *(f"replay:{file}" for file in files), "--json")
+    assert replayed.code == 0
+    (event,) = replayed.events
+    assert [event[end]["name"] for end in ("source", "target")] == [f"replay:{file}" for file in files]
+    taken = call("check", source, "--record", files[0])
+    assert taken.code == 2
+    assert "File exists" in sentence(taken)
+
+
+def test_a_record_can_be_read(call: Call, source: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.record"
+    assert call("device", "resume", source, "--record", file).code == 0
+    shown = call("record", "show", file)
+    assert (shown.code, shown.errors) == (0, "")
+    first, *_, state, last, end = shown.output.splitlines()
+    assert re.match(rf" +1 +0\.\d{{6}}  open {source}: is_pci True, .* \(\d+\.\d{{3}} ms\)$", first)
+    assert "write 4 bytes (00000000) to region 9 at 0x4: done" in state
+    assert "close" in last
+    assert end == "the record ends there"
+    *events, summary = call("record", "show", file, "--json").events
+    for event in events:
+        check_fields(event, "event of record show")
+    check_fields(summary, "summary of record show")
+    assert summary["events"] == len(events) == events[-1]["number"]
+    assert events[-2]["written"] == {"size": 4, "xxh3": events[-2]["written"]["xxh3"], "bytes": "00000000"}
+
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-30])
+    cut = call("record", "show", file, "--json")
+    assert (cut.code, cut.events[-1]["status"]) == (0, "cut")
+    assert not cut.events[-2]["answered"]
+    file.write_bytes(whole[:-3] + b"xyz")
+    damaged = call("record", "show", file)
+    assert damaged.code == 4
+    assert "is damaged" in damaged.errors
+    assert damaged.output.splitlines() == shown.output.splitlines()[:-2]
+
+
 def test_progress_on_a_terminal(still: str, tmp_path: Path) -> None:
     screen, terminal = pty.openpty()
     process = subprocess.Popen(

@@ -32,7 +32,7 @@ def block(name: str) -> dict[str, Any]:
 def test_every_block_is_run_here() -> None:
     blocks = re.findall(r"```python\n# (\w+)\n", TEXT)
     assert len(blocks) == TEXT.count("```python")
-    assert set(blocks) == {"source", "target", "guest", "vmm", "checkpoint", "watching"}
+    assert set(blocks) == {"source", "target", "guest", "vmm", "checkpoint", "watching", "record"}
 
 
 async def test_a_migration(tmp_path: Path) -> None:
@@ -96,3 +96,21 @@ async def test_checkpoints(tmp_path: Path) -> None:
         assert source.state is State.RUNNING
         await names["bring_back"](str(tmp_path / "file"), target.device)
         assert (source.digest, target.state) == (target.digest, State.RUNNING)
+
+
+async def test_records(tmp_path: Path) -> None:
+    names = block("record")
+    driver = ReferenceDevice(SMALL)
+    server = Server(driver, str(tmp_path / "a"))
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(anyio.to_thread.run_sync, server.serve_forever)
+        try:
+            async with await names["recorded"](f"vfio-user:{tmp_path / 'a'}", str(tmp_path / "file")) as device:
+                await device.resume()
+        finally:
+            server.close()
+    driver.close()
+    async with await names["replayed"](str(tmp_path / "file")) as again:
+        assert again.description == device.description
+        await again.resume()
+        assert again.caveat

@@ -34,6 +34,15 @@ def test_structures_of_vfio() -> None:
     assert region.hex() == "040302010f0000000900000020000000887766554433221100ffeeddccbbaa99"
     assert vfio.DEVICE_INFO.pack(16, 3, 13, 5).hex() == "10000000030000000d00000005000000"
 
+    migration = vfio.MIGRATION_INFO.pack(2, 0, 3, 4, 5)
+    fields = (
+        vfio.MIGRATION_INFO_DEVICE_STATE,
+        vfio.MIGRATION_INFO_PENDING_BYTES,
+        vfio.MIGRATION_INFO_DATA_OFFSET,
+        vfio.MIGRATION_INFO_DATA_SIZE,
+    )
+    assert [migration[offset] for offset in fields] == [2, 3, 4, 5]
+
 
 def test_capabilities_byte_for_byte() -> None:
     packed = pack_capabilities(32, type_=(2, 3), sparse=[(0x1000, 0x2000)])

@@ -3,6 +3,7 @@
 The names an agent needs, in ``docs/library.md``; everything else is in the modules.
 """
 
+from vfiostream.access.record import Recording
 from vfiostream.checkpoint import inspect, restore, save, verify
 from vfiostream.compatibility import check
 from vfiostream.devices import open_device
@@ -24,6 +25,7 @@ __all__ = [
     "Listener",
     "Precopy",
     "Progress",
+    "Recording",
     "Settings",
     "Summary",
     "Transport",

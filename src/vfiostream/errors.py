@@ -6,7 +6,8 @@ VfiostreamError
 │   ├── DeviceRefused           the driver answered an operation with an errno
 │   ├── DeviceLost              the device's process or file descriptor went away
 │   ├── DeviceTimeout           the driver did not answer in time; what it did is unknown
-│   └── DeviceBroken            the device answered, but against its interface
+│   ├── DeviceBroken            the device answered, but against its interface
+│   └── ReplayDiverged          a replayed device was asked what its record does not hold
 ├── GuestError                  the guest could not be paused, resumed or asked
 ├── Incompatible                this device can't move, or can't go there; nothing moved
 ├── TransportError              opening, reading or writing a link or a file failed
@@ -48,6 +49,7 @@ class DeviceRefused(DeviceError):
         self.device = device
         self.operation = operation
         self.errno = errno
+        self.hint = hint
         name = _errno.errorcode.get(errno, str(errno))
         text = f"{device}: the driver refused {operation} with {name} ({os.strerror(errno)})"
         super().__init__(f"{text}; {hint}" if hint else text)
@@ -63,6 +65,10 @@ class DeviceTimeout(DeviceError):
 
 class DeviceBroken(DeviceError):
     """The device answered in a way its interface does not allow."""
+
+
+class ReplayDiverged(DeviceError):
+    """A replayed device was asked something else than the device that was recorded."""
 
 
 class GuestError(VfiostreamError):

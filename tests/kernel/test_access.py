@@ -93,7 +93,7 @@ class TestFourRegionAccess(AccessContract):
 
     @pytest.fixture
     async def subject(self, mdev: MakeMdev, address: Address, how: str) -> AsyncIterator[Subject]:
-        types = {"whole": "four-region-16M", "sparse": "four-region-16M-sparse", "none": "four-region-16M-nomap"}
+        types = {"whole": "four-region-16M-packed", "sparse": "four-region-16M-sparse", "none": "four-region-16M-nomap"}
         device = mdev(types[how])
         with nothing_left_open():
             async with await open_access(address(device), timeout=TIMEOUT) as access:

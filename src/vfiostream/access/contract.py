@@ -105,12 +105,22 @@ class Access(Closing):
     Cancellation: a call that was started reaches the device whole or not at all. A cancelled call may still take
     effect; the next call waits for it first. So after a cancellation, writing the state wanted is always in order. A
     transfer that is split is as many calls: of a cancelled one, the first pieces may have taken effect.
+
+    Buffers are used only while a call runs, with one exception: after a DeviceTimeout of the kernel's, its buffer may
+    be in use until a later call has returned (:mod:`vfiostream.access.kernel`).
     """
 
     name: str
     """How the user would write it (``vfio-user:/run/gpu.sock``)."""
 
     info: DeviceInfo
+
+    @property
+    def caveat(self) -> str | None:
+        """What has to be said with every result that comes of it, in one sentence: that its answers are not a device's
+        own, for one. It may come up while the access is used.
+        """
+        return None
 
     @abstractmethod
     async def region_info(self, index: int) -> RegionInfo:

@@ -208,7 +208,7 @@ class VfioUserAccess(Access):
         self._memory.unmap(iova, length)
 
     async def reset(self) -> None:
-        self._features.forget_session()
+        self._features.was_reset()
         await self._channel.call("resetting the device", Command.DEVICE_RESET, timeout=self._timeout)
 
     async def feature(self, operation: FeatureOperation, feature: int, data: bytes = b"", size: int = 0) -> bytes:

@@ -91,8 +91,8 @@ class Features:
         opened = state in _WITH_DATA and not goes_on
         return _Data(self._channel, self._max_transfer, self._timeout) if opened else None
 
-    def forget_session(self) -> None:
-        """The device is about to leave the state it is in, or may have."""
+    def was_reset(self) -> None:
+        """The device is in RUNNING, and a stream that it gives begins."""
         self._saving = False
 
     # ---- the log of DMA

@@ -25,6 +25,7 @@ COMMANDS = {
     "inspect": ("vfiostream.cli.checkpoint", "Say what is in a checkpoint, without checking all of it."),
     "verify": ("vfiostream.cli.checkpoint", "Check every byte of a checkpoint."),
     "check": ("vfiostream.cli.check", "Say whether DEVICE can move, and whether it can go THERE; moves nothing."),
+    "record": ("vfiostream.cli.record", "Look at what --record wrote."),
     "devices": ("vfiostream.cli.devices", "List the devices of this host that could move, and what is in the way."),
     "conformance": (
         "vfiostream.cli.conformance",
@@ -76,8 +77,8 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
 def vfiostream() -> None:
     """Move the state of a VFIO device between hosts while it runs, or into a file and back.
 
-    DEVICE is vfio-user:SOCKET, or vfio: and a device of the kernel's, which `devices` lists. DESTINATION and
-    SOURCE are tcp:HOST:PORT or unix:PATH; a checkpoint is file:PATH. Sizes and rates take KiB, MiB and GiB, times
+    DEVICE is vfio-user:SOCKET, vfio: and a device of the kernel's, which `devices` lists, or replay:FILE. DESTINATION
+    and SOURCE are tcp:HOST:PORT or unix:PATH; a checkpoint is file:PATH. Sizes and rates take KiB, MiB and GiB, times
     ms and s.
 
     Exit codes: 0 done; 1 failed, the source runs; 2 usage; 4 verification failed; 5 not compatible; 6 did not

@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack
 import click
 
 from vfiostream import compatibility
+from vfiostream.access import is_address
 from vfiostream.cli import options
 from vfiostream.cli.describe import description_document, description_lines
 from vfiostream.cli.exits import Exit
@@ -20,21 +21,27 @@ from vfiostream.devices.contract import Device
 @click.argument("device")
 @click.argument("there", metavar="[DEVICE|VERSION-STRING]", required=False)
 @options.device_timeout
+@options.recordings
 @options.answers
-def check(device: str, there: str | None, device_timeout: float, output: Output) -> Exit:
+def check(
+    device: str, there: str | None, device_timeout: float, recordings: options.Recordings, output: Output
+) -> Exit:
     """Say whether DEVICE can move, and whether it can go THERE; moves nothing.
 
-    DEVICE is vfio-user:SOCKET, or vfio: and a device of the kernel's (see `vfiostream devices`). What it could go to
-    is another such device, or the version string of one; for a string, the driver of DEVICE is asked whether it takes
-    that version. Exit code 5 where the answer is no.
+    DEVICE is vfio-user:SOCKET or replay:FILE. What it could go to is another such device, or the version string of
+    one; for a string, the driver of DEVICE is asked whether it takes that version. Exit code 5 where the answer is no.
     """
+
+    devices = [device, there] if there is not None and is_address(there) else [device]
+    recorded = recordings.of(*devices)
 
     async def work(run: Run) -> None:
         async with AsyncExitStack() as stack:
-            source = await stack.enter_async_context(await open_device(device, timeout=device_timeout))
-            target: Device | str | None = there
-            if there is not None and there.startswith(("vfio-user:", "vfio:")):
-                target = await stack.enter_async_context(await open_device(there, timeout=device_timeout))
+            source, *others = [
+                await stack.enter_async_context(await open_device(address, timeout=device_timeout, recording=recording))
+                for address, recording in recorded
+            ]
+            target: Device | str | None = others[0] if others else there
             run.result = _result(device, there, await compatibility.check(source, target))
 
     return carry_out(work, output, cancelled="nothing was changed")

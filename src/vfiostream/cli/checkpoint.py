@@ -34,6 +34,7 @@ _file = click.argument("file", type=option_type(parse_file_address))
 @options.settings("max_bandwidth", "chunk", "budget", compression=0)
 @options.order
 @options.device_timeout
+@options.recordings
 @click.option("--force", is_flag=True, help="Replace a file that exists, once the new one is whole.")
 @options.progress
 def save(
@@ -44,19 +45,22 @@ def save(
     settings: Settings,
     order: Order,
     device_timeout: float,
+    recordings: options.Recordings,
     force: bool,
     output: Output,
 ) -> Exit:
     """Write a checkpoint of DEVICE, which runs on.
 
-    DEVICE is vfio-user:SOCKET or vfio:NAME, and FILE is file:PATH. The device is stopped only while the last of its
-    state is read. The file has its name only when it is whole and durable.
+    DEVICE is vfio-user:SOCKET, vfio:NAME or replay:FILE, and FILE is file:PATH. The device is stopped only while the
+    last of its state is read. The file has its name only when it is whole and durable.
     """
+
+    ((_, recording),) = recordings.of(device)
 
     async def work(run: Run) -> None:
         run.follow()
         with Guest.open(memory) as guest:
-            async with await open_device(device, order=order, timeout=device_timeout) as opened:
+            async with await open_device(device, order=order, timeout=device_timeout, recording=recording) as opened:
                 async with await transports.connect(file, replace=force) as writer:
                     run.result = moved(
                         await checkpoint.save(
@@ -73,6 +77,7 @@ def save(
 @options.guest_memory
 @options.settings("budget")
 @options.device_timeout
+@options.recordings
 @options.progress
 def restore(
     file: str,
@@ -80,18 +85,21 @@ def restore(
     memory: options.GuestFiles,
     settings: Settings,
     device_timeout: float,
+    recordings: options.Recordings,
     output: Output,
 ) -> Exit:
     """Load a checkpoint into DEVICE, and let it run.
 
-    FILE is file:PATH, and DEVICE vfio-user:SOCKET or vfio:NAME. The guest memory must have the ranges of the
-    checkpoint. The device runs only when the whole file has been loaded and checked.
+    FILE is file:PATH, and DEVICE vfio-user:SOCKET, vfio:NAME or replay:FILE. The guest memory must have the ranges of
+    the checkpoint. The device runs only when the whole file has been loaded and checked.
     """
+
+    ((_, recording),) = recordings.of(device)
 
     async def work(run: Run) -> None:
         run.follow()
         with Guest.open(memory) as guest:
-            async with await open_device(device, timeout=device_timeout) as opened:
+            async with await open_device(device, timeout=device_timeout, recording=recording) as opened:
                 async with await transports.listen(file) as listener, await listener.accept() as reader:
                     run.result = moved(
                         await checkpoint.restore(reader, opened, guest=guest, settings=settings, progress=run.progress)

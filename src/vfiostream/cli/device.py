@@ -114,8 +114,9 @@ def serve(socket: str, output: Output, no_dirty_tracking: bool, **values: Any) -
 @device.command
 @click.argument("device", metavar="DEVICE")
 @options.device_timeout
+@options.recordings
 @options.diagnostics
-def resume(device: str, device_timeout: float, output: Output) -> Exit:
+def resume(device: str, device_timeout: float, recordings: options.Recordings, output: Output) -> Exit:
     """Let DEVICE run, and stop tracking what it changes; asks nothing.
 
     For a source that a migration left stopped (exit code 7) or that was left behind by a sender that was
@@ -123,8 +124,10 @@ def resume(device: str, device_timeout: float, output: Output) -> Exit:
     and networks: first make sure that the target says it was never committed.
     """
 
+    ((_, recording),) = recordings.of(device)
+
     async def work(run: Run) -> None:
-        async with await open_device(device, timeout=device_timeout) as opened:
+        async with await open_device(device, timeout=device_timeout, recording=recording) as opened:
             await opened.resume()
             run.result = Result({"status": "done"}, [f"{device} runs"])
 

@@ -25,6 +25,7 @@ from vfiostream.policy import Precopy
 @options.settings("max_bandwidth", "chunk", "budget", "patience", compression=0)
 @options.order
 @options.device_timeout
+@options.recordings
 @options.progress
 def send(
     device: str,
@@ -34,19 +35,22 @@ def send(
     settings: Settings,
     order: Order,
     device_timeout: float,
+    recordings: options.Recordings,
     output: Output,
 ) -> Exit:
     """Move DEVICE to whoever receives at DESTINATION.
 
-    DEVICE is vfio-user:SOCKET or vfio:NAME, and DESTINATION the tcp:HOST:PORT or unix:PATH at which
+    DEVICE is vfio-user:SOCKET, vfio:NAME or replay:FILE, and DESTINATION the tcp:HOST:PORT or unix:PATH at which
     `vfiostream receive` waits. The device runs on here until the target has loaded and checked everything; when this
     fails, it goes on running here.
     """
 
+    ((_, recording),) = recordings.of(device)
+
     async def work(run: Run) -> None:
         run.follow()
         with Guest.open(memory) as guest:
-            async with await open_device(device, order=order, timeout=device_timeout) as opened:
+            async with await open_device(device, order=order, timeout=device_timeout, recording=recording) as opened:
                 async with await transports.connect(destination) as link:
                     run.result = moved(
                         await migrate.send(
@@ -63,6 +67,7 @@ def send(
 @options.guest_memory
 @options.settings("chunk", "budget", "patience")
 @options.device_timeout
+@options.recordings
 @options.progress
 def receive(
     source: str,
@@ -70,18 +75,21 @@ def receive(
     memory: options.GuestFiles,
     settings: Settings,
     device_timeout: float,
+    recordings: options.Recordings,
     output: Output,
 ) -> Exit:
     """Take the device that is sent to SOURCE into DEVICE, and let it run.
 
     SOURCE is the tcp:HOST:PORT or unix:PATH to listen at; with port 0 the system chooses one, and it is
-    printed. DEVICE is vfio-user:SOCKET or vfio:NAME. One sender is served. Whoever can connect can send: there is no
-    authentication.
+    printed. DEVICE is vfio-user:SOCKET, vfio:NAME or replay:FILE. One sender is served. Whoever can connect can send:
+    there is no authentication.
     """
+
+    ((_, recording),) = recordings.of(device)
 
     async def work(run: Run) -> None:
         with Guest.open(memory) as guest:
-            async with await open_device(device, timeout=device_timeout) as opened:
+            async with await open_device(device, timeout=device_timeout, recording=recording) as opened:
                 async with await transports.listen(source) as listener:
                     run.report.listening(listener.address)
                     link = await listener.accept()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
+from vfiostream.access.record import SMALL, Recording
 from vfiostream.cli.run import Output
 from vfiostream.cli.values import (
     option_size,
@@ -28,6 +29,21 @@ Command = Callable[..., Any]
 Decorator = Callable[[Command], Command]
 GuestFiles = tuple[tuple[int, Path], ...]
 """Guest physical addresses and the files that hold what is there."""
+
+
+class Recordings(NamedTuple):
+    """What ``--record`` asks for."""
+
+    files: tuple[Path, ...]
+    payloads: bool
+
+    def of(self, *devices: str) -> list[tuple[str, Recording | None]]:
+        """What is to be recorded of each of ``devices``; raises click's error where there are more files than these."""
+        if len(self.files) > len(devices):
+            raise click.UsageError(f"{len(self.files)} records of {len(devices)} devices: give --record once for each")
+        made = [Recording(file, self.payloads) for file in self.files]
+        return list(zip(devices, [*made, *[None] * (len(devices) - len(made))], strict=True))
+
 
 _DEFAULTS = Settings()
 _POLICY = Precopy()
@@ -175,6 +191,26 @@ def settings(*names: str, compression: int | None = None) -> Decorator:
 def device_timeout(command: Command) -> Command:
     """``--device-timeout``, in seconds."""
     return _time("--device-timeout", "device_timeout", 60.0, "How long a device may take for one operation.")(command)
+
+
+def recordings(command: Command) -> Command:
+    """``--record`` and ``--record-payloads``, as ``recordings``."""
+
+    @click.option(
+        "--record", "files", type=click.Path(path_type=Path), metavar="FILE", multiple=True,
+        help="Write what the device is asked and answers to a new file. Once for each device, in their order.",
+    )  # fmt: skip
+    @click.option(
+        "--record-payloads", "payloads", is_flag=True,
+        help=f"Record the bytes of transfers of more than {SMALL} bytes, too: the state of the device.",
+    )  # fmt: skip
+    @functools.wraps(command)
+    def wrapped(*, files: tuple[Path, ...], payloads: bool, **rest: Any) -> Any:
+        if payloads and not files:
+            raise click.UsageError("--record-payloads says how to record, and nothing is recorded: add --record FILE")
+        return command(recordings=Recordings(files, payloads), **rest)
+
+    return wrapped
 
 
 def order(command: Command) -> Command:

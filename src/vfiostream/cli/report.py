@@ -136,6 +136,9 @@ class Report(ABC):
     def listening(self, address: str) -> None:
         """A sender can connect to ``address`` now."""
 
+    def event(self, document: Mapping[str, Any], line: str) -> None:  # noqa: B027 - as below
+        """One of the many lines that a command prints which shows something."""
+
     def status(self, status: Status) -> None:  # noqa: B027 - nothing is what most reports make of it
         """How far it is."""
 
@@ -159,6 +162,9 @@ class Plain(Report):
 
     def listening(self, address: str) -> None:
         _write(f"listening on {printable(address)}")
+
+    def event(self, document: Mapping[str, Any], line: str) -> None:
+        _write(printable(line))
 
     def result(self, result: Result) -> None:
         for line in result.lines:
@@ -207,6 +213,9 @@ class Json(Report):
 
     def listening(self, address: str) -> None:
         self._put("status", phase="listening", address=address)
+
+    def event(self, document: Mapping[str, Any], line: str) -> None:
+        self._put("event", **document)
 
     def status(self, status: Status) -> None:
         self._put("status", **status._asdict())

@@ -21,6 +21,10 @@ class BaseDevice(Device):
         self._pci = pci
         self._calls = Calls(access.name)
 
+    @property
+    def caveat(self) -> str | None:
+        return self._access.caveat
+
     async def read_pci_config(self) -> bytes | None:
         return None if self._pci is None else await self._pci.read()
 

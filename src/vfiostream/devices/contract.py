@@ -88,6 +88,11 @@ class Device(Closing):
     name: str
     description: DeviceDescription
 
+    @property
+    def caveat(self) -> str | None:
+        """That of its access, as :attr:`vfiostream.access.contract.Access.caveat`."""
+        return None
+
     # ---- source
 
     @abstractmethod

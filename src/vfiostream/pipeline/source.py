@@ -158,7 +158,7 @@ class Source:
             monotonic() - self._began,
             downtime,
             self._line.budget.peak,
-            tuple(self._warnings),
+            (*(device.caveat for _, device in self._devices if device.caveat), *self._warnings),
             self._line.choices.statistics,
         )
 

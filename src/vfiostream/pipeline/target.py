@@ -200,7 +200,7 @@ class Target:
             monotonic() - self._began,
             Downtime(0.0, 0.0, *(late - early for early, late in pairwise(self._times))),
             self._budget.peak,
-            tuple(self._warnings),
+            (*(device.caveat for device in self._devices.values() if device.caveat), *self._warnings),
         )
 
     # ---- before: does it fit?

@@ -1,7 +1,7 @@
 """The records of the stream, and their headers as msgpack (``docs/format.md``, "Records").
 
 Each record is validated when it is made, here and from the wire alike: a ValueError says what is wrong with it, and
-:func:`decode` turns that into a StreamError. The only module that knows msgpack.
+:func:`decode` turns that into a StreamError.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from enum import IntEnum
 from itertools import pairwise
 from typing import Any, ClassVar, TypeAlias, get_args
 
-import msgpack
-
 from vfiostream.buffers import Buffer
 from vfiostream.errors import StreamError
+from vfiostream.packing import is_short_map, pack, unpack, unpack_short
 from vfiostream.protocol import limits
 
 
@@ -450,10 +449,8 @@ def encode(record: Record) -> bytes:
     """The record's header. Its stream number is not in it: that is the prefix's."""
     cls = type(record)
     if cls in _FLAT:
-        header: bytes = msgpack.packb({name: getattr(record, name) for name in _HEADER_FIELDS[cls]})
-    else:
-        header = msgpack.packb(_plain(record))
-    return header
+        return pack({name: getattr(record, name) for name in _HEADER_FIELDS[cls]})
+    return pack(_plain(record))
 
 
 def _plain(value: Any) -> Any:
@@ -488,7 +485,10 @@ def decode(type_: int, stream: int, sequence: int, header: Buffer) -> Record:
     if streamed != (stream != 0):
         raise StreamError(name_of(type_, sequence), f"can't be on stream {stream}")
     try:
-        values = _unpack(header) if cls in _FLAT and _is_short_map(header) else _unpack_nested(header)
+        if cls in _FLAT and is_short_map(header):
+            values = unpack_short(header)  # what it holds is checked by the record
+        else:
+            values = unpack(header, text=limits.MAX_TEXT, binary=16, items=limits.MAX_RANGES, keys=16)
         _expect(cls, values)
         if cls is Hello or cls is Welcome:
             values["features"] = tuple(_list(values["features"]))
@@ -497,46 +497,8 @@ def decode(type_: int, stream: int, sequence: int, header: Buffer) -> Record:
             values["ranges"] = tuple(_entry(RangeEntry, entry) for entry in _list(values["ranges"]))
         made: Record = cls(stream=stream, **values) if streamed else cls(**values)
         return made
-    except (ValueError, msgpack.exceptions.UnpackException) as error:
-        # msgpack's FormatError, StackError and ExtraData are ValueErrors, OutOfData is an UnpackException.
+    except ValueError as error:
         raise StreamError(name_of(type_, sequence), f"has a bad header: {error}") from error
-
-
-def _is_short_map(header: Buffer) -> bool:
-    """Whether this is msgpack's fixmap, which has the number of its keys, up to 15, in its first byte."""
-    return len(header) > 0 and header[0] & 0xF0 == 0x80
-
-
-def _unpack(header: Buffer) -> Any:
-    """Unpack a short map that holds no other; what it holds is checked by the record. A header has a limit, and that
-    bounds everything that is allocated here. With the number of keys told, no call for each is needed to find one that
-    stands twice.
-    """
-    values = msgpack.unpackb(header)
-    if header[0] & 0x0F != len(values):
-        raise ValueError("a key stands twice")
-    return values
-
-
-def _unpack_nested(header: Buffer) -> Any:
-    return msgpack.unpackb(
-        header,
-        raw=False,
-        strict_map_key=True,
-        object_pairs_hook=_unique,
-        max_str_len=limits.MAX_TEXT,
-        max_bin_len=16,
-        max_array_len=limits.MAX_RANGES,
-        max_map_len=16,
-        max_ext_len=0,
-    )
-
-
-def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        raise ValueError("a key stands twice")
-    return made
 
 
 def _expect(cls: type[Any], values: Any) -> None:
