@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import mmap
 import os
 import struct
@@ -22,6 +23,7 @@ from vfiostream.access import open_access
 from vfiostream.access.contract import Access, MigrationData
 from vfiostream.access.kernel_calls import Kernel
 from vfiostream.access.kernel_host import list_devices
+from vfiostream.cli import main
 from vfiostream.errors import DeviceRefused, UsageError
 from vfiostream.uapi.vfio import Feature, FeatureOperation, MigrationFlags, MigrationState
 
@@ -341,3 +343,13 @@ def test_the_devices_of_this_host(mdev: MakeMdev) -> None:
     found = {device.name: device for device in list_devices(Kernel())}
     assert made <= set(found)
     assert all(found[name].bound and found[name].group and found[name].cdev for name in made)
+
+
+def test_the_command_that_lists_and_probes_them(mdev: MakeMdev, capsys: pytest.CaptureFixture[str]) -> None:
+    serial, four_region = mdev("mtty-2"), mdev("four-region-16M")
+    assert main(["devices", "--probe", "--json"]) == 0
+    found = {entry["address"]: entry for entry in json.loads(capsys.readouterr().out)["devices"]}
+    entry = found[f"vfio:{four_region.uuid}"]
+    assert (entry["driver"], entry["node"]) == ("four-region", str(four_region.cdev))
+    assert (entry["device"]["interface"], entry["problem"]) == ("four-region", None)
+    assert found[f"vfio:{serial.uuid}"]["probed"]

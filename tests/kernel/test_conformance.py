@@ -20,12 +20,12 @@ TIMEOUT = 20.0
 Address: TypeAlias = Callable[[Mdev], str]
 
 
-@pytest.fixture(params=["group", "node"])
-def address(request: pytest.FixtureRequest) -> Address:
-    """The two ways to a device, as addresses that force each."""
-    if request.param == "group":
-        return lambda mdev: f"vfio:{mdev.group.name}/{mdev.uuid}"
-    return lambda mdev: f"vfio:{mdev.cdev}"
+def by_group(mdev: Mdev) -> str:
+    return f"vfio:{mdev.group.name}/{mdev.uuid}"
+
+
+def by_node(mdev: Mdev) -> str:
+    return f"vfio:{mdev.cdev}"
 
 
 def verdicts(report: Report, verdict: Verdict) -> dict[str, str]:
@@ -48,7 +48,9 @@ MTTY = {
 DOES_NO_DMA = {"stopped-still", "log-complete", "log-clears"}
 
 
-@pytest.mark.parametrize("with_target", [True, False], ids=["target", "itself"])
+@pytest.mark.parametrize(
+    ("address", "with_target"), [(by_group, True), (by_node, False)], ids=["group, target", "node, itself"]
+)
 async def test_what_the_kernels_sample_breaks(mdev: MakeMdev, address: Address, *, with_target: bool) -> None:
     one = partial(open_access, address(mdev("mtty-2")), timeout=TIMEOUT)
     other = partial(open_access, address(mdev("mtty-2")), timeout=TIMEOUT) if with_target else None
@@ -78,14 +80,14 @@ class TestOurDriver:
         return "asyncio"
 
     @pytest.mark.parametrize(
-        ("type_name", "not_testable"),
+        ("type_name", "address", "not_testable"),
         [
-            ("four-region-16M", set()),
-            ("four-region-16M-sparse", set()),
-            ("four-region-16M-nomap", set()),
-            ("four-region-16M-packed", set()),
-            ("four-region-16M-untracked", NO_TRACKING),
-            ("four-region-0M", NO_MEMORY),
+            ("four-region-16M", by_group, set()),
+            ("four-region-16M-sparse", by_node, set()),
+            ("four-region-16M-nomap", by_group, set()),
+            ("four-region-16M-packed", by_node, set()),
+            ("four-region-16M-untracked", by_group, NO_TRACKING),
+            ("four-region-0M", by_node, NO_MEMORY),
         ],
     )
     async def test_our_driver_keeps_all_rules(

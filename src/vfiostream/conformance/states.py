@@ -26,10 +26,8 @@ READ = 1 << 16
 """Bytes that are read and written at a time, where a check says nothing else."""
 REST = 1 << 20
 """The same, for what follows the pieces that a check is about."""
-SIZES = (1, 2, 3, 5, 7, 8, 13, 64, 511, 512, 4095, 4096, 4097, 65537, 1 << 20)
-"""Sizes of reads and writes to try, of a stream that is too long to try all of them."""
-EVERY_SIZE = 128
-"""Bytes of a stream of which every size is tried."""
+SIZES = (*range(1, 17), 64, 511, 512, 4095, 4096, 4097, 65537, 1 << 20)
+"""Sizes of reads and writes to try."""
 PIECES = 512
 """Reads and writes of one size, after which the rest goes faster."""
 NOT_STATES = (8, 99, 0xFFFF_FFFF)
@@ -483,7 +481,7 @@ async def precopy_goes_on(subject: StatesSubject) -> None:
 
 
 def _sizes(data: bytes) -> Sequence[int]:
-    return range(1, len(data) + 1) if len(data) <= EVERY_SIZE else (*SIZES, len(data))
+    return (*(size for size in SIZES if size < len(data)), len(data))
 
 
 @STATES.rule(
