@@ -499,6 +499,15 @@ class FeatureContract:
         with pytest.raises(DeviceLost):
             await access.set_migration_state(STOP)
 
+    async def test_a_reset_ends_a_session(self, subject: FeatureSubject) -> None:
+        access = subject.access
+        await need_states(access, MigrationFlags.PRE_COPY)
+        for _ in range(2):
+            async with await opened(access, PRE_COPY) as data:
+                await read_to_end(data)
+                await access.reset()
+        assert await state_of(access) is RUNNING
+
     # ---- the log of DMA
 
     async def test_the_log_has_what_was_written(self, subject: FeatureSubject) -> None:

@@ -61,8 +61,8 @@ class Between(Access):
     async def can_log_dma(self) -> bool:
         return await self.called("can_log_dma", self.access.can_log_dma)
 
-    async def start_dma_log(self, page_size: int, ranges: Sequence[tuple[int, int]]) -> None:
-        await self.called("start_dma_log", lambda: self.access.start_dma_log(page_size, ranges))
+    async def start_dma_log(self, page_size: int, ranges: Sequence[tuple[int, int]], *, anew: bool = True) -> None:
+        await self.called("start_dma_log", lambda: self.access.start_dma_log(page_size, ranges, anew=anew))
 
     async def read_dma_log(self, iova: int, length: int, page_size: int, bitmap: memoryview) -> None:
         await self.called("read_dma_log", lambda: self.access.read_dma_log(iova, length, page_size, bitmap))

@@ -184,9 +184,10 @@ class Access(Closing):
         """Whether there is a log of what the device writes by DMA: its own, or else its IOMMU's."""
 
     @abstractmethod
-    async def start_dma_log(self, page_size: int, ranges: Sequence[tuple[int, int]]) -> None:
+    async def start_dma_log(self, page_size: int, ranges: Sequence[tuple[int, int]], *, anew: bool = True) -> None:
         """Log the device's writes to ``ranges``, (IOVA, length) in whole pages, apart from each other, in pages of
-        ``page_size`` or smaller ones. A log that runs already is begun anew.
+        ``page_size`` or smaller ones. A log that runs already is begun anew; or, unless ``anew``, the device is left to
+        refuse.
         """
 
     @abstractmethod

@@ -153,9 +153,9 @@ class KernelAccess(Access):
     async def can_log_dma(self) -> bool:
         return await self._logs_own() or await self._call("asking the IOMMU for a log", self._files.can_log)
 
-    async def start_dma_log(self, page_size: int, ranges: Sequence[tuple[int, int]]) -> None:
+    async def start_dma_log(self, page_size: int, ranges: Sequence[tuple[int, int]], *, anew: bool = True) -> None:
         if await self._logs_own():
-            work = partial(self._files.start_own_log, page_size, tuple(ranges))
+            work = partial(self._files.start_own_log, page_size, tuple(ranges), anew)
             await self._call("starting the device's log of its DMA", work)
         else:
             work = partial(self._files.iommu.start_log, page_size)
@@ -417,8 +417,9 @@ class _Files:
         """Whether the IOMMU has a log; raises BadCapabilityChain too."""
         return self.iommu.can_log()
 
-    def start_own_log(self, page_size: int, ranges: Sequence[tuple[int, int]]) -> None:
-        self.stop_own_log()
+    def start_own_log(self, page_size: int, ranges: Sequence[tuple[int, int]], anew: bool) -> None:
+        if anew:
+            self.stop_own_log()
         listed = bytearray().join(DMA_LOGGING_RANGE.pack(*one) for one in ranges)
         with memoryview(listed) as view:
             data = FEATURE_DMA_LOGGING.pack(page_size, len(ranges), 0) + _pointer(view)

@@ -256,9 +256,10 @@ class RecordedAccess(Access):
             answer.result = {"can": can}
         return can
 
-    async def start_dma_log(self, page_size: int, ranges: Sequence[tuple[int, int]]) -> None:
+    async def start_dma_log(self, page_size: int, ranges: Sequence[tuple[int, int]], *, anew: bool = True) -> None:
         with self._recorder.asked("start_dma_log", page_size=page_size, ranges=[list(pair) for pair in ranges]):
-            await self._access.start_dma_log(page_size, ranges)
+            # Not in the record: who moves a device always begins anew.
+            await self._access.start_dma_log(page_size, ranges, anew=anew)
 
     async def read_dma_log(self, iova: int, length: int, page_size: int, bitmap: memoryview) -> None:
         for at, count, into in pieces_of_log(iova, length, page_size, bitmap):

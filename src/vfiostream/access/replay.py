@@ -359,7 +359,7 @@ class ReplayAccess(Access):
         answer: bool = self._tape.ask("can_log_dma").result["can"]
         return answer
 
-    async def start_dma_log(self, page_size: int, ranges: Sequence[tuple[int, int]]) -> None:
+    async def start_dma_log(self, page_size: int, ranges: Sequence[tuple[int, int]], *, anew: bool = True) -> None:
         await self.check()
         self._tape.ask("start_dma_log", page_size=page_size, ranges=[list(pair) for pair in ranges])
 

@@ -220,8 +220,8 @@ class VfioUserAccess(Access):
     async def can_log_dma(self) -> bool:
         return await self._features.can_log()
 
-    async def start_dma_log(self, page_size: int, ranges: Sequence[tuple[int, int]]) -> None:
-        await self._features.start_log(page_size, ranges)
+    async def start_dma_log(self, page_size: int, ranges: Sequence[tuple[int, int]], *, anew: bool = True) -> None:
+        await self._features.start_log(page_size, ranges, anew)
 
     async def read_dma_log(self, iova: int, length: int, page_size: int, bitmap: memoryview) -> None:
         await self._features.read_log(iova, length, page_size, bitmap)

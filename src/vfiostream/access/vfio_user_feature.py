@@ -110,16 +110,17 @@ class Features:
                 return False
         return True
 
-    async def start_log(self, page_size: int, ranges: Sequence[tuple[int, int]]) -> None:
+    async def start_log(self, page_size: int, ranges: Sequence[tuple[int, int]], anew: bool) -> None:
         if len(ranges) > MAX_DMA_LOGGING_RANGES:
             raise UsageError(
                 f"{self._channel.name}: a DMA log of {len(ranges)} ranges is too many: merge them into at most "
                 f"{MAX_DMA_LOGGING_RANGES}"
             )
-        try:  # one that a client before us left behind would be in the way
-            await self._stop()
-        except DeviceRefused:
-            pass  # there is none, or starting says what is wrong
+        if anew:
+            try:  # one that a client before us left behind would be in the way
+                await self._stop()
+            except DeviceRefused:
+                pass  # there is none, or starting says what is wrong
         data = FEATURE_DMA_LOGGING.pack(page_size, len(ranges), 0)
         data += b"".join(DMA_LOGGING_RANGE.pack(*one) for one in ranges)
         self._logging = True

@@ -28,6 +28,10 @@ COMMANDS = {
     "describe": ("vfiostream.cli.check", "Print what another host has to know of DEVICE to check it; for a file."),
     "record": ("vfiostream.cli.record", "Look at what --record wrote."),
     "devices": ("vfiostream.cli.devices", "List the devices of this host that could move, and what is in the way."),
+    "conformance": (
+        "vfiostream.cli.conformance",
+        "Check DEVICE against the rules of its interface of migration, for the author of its driver.",
+    ),
     "bench": (
         "vfiostream.cli.bench",
         "Measure what this machine and a link do to a migration, without a device.",
@@ -79,7 +83,7 @@ def vfiostream() -> None:
     ms and s.
 
     Exit codes: 0 done; 1 failed, the source runs; 2 usage; 4 verification failed; 5 not compatible; 6 did not
-    converge or was cancelled, the source runs; 7 outcome unknown after the switchover.
+    converge or was cancelled, the source runs; 7 outcome unknown after the switchover; 8 a driver breaks a rule.
     """
 
 

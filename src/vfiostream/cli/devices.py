@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 
 import anyio.to_thread
 import click
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -16,15 +14,12 @@ from vfiostream.access.kernel_host import HostDevice, address, list_devices, nod
 from vfiostream.cli import options
 from vfiostream.cli.describe import description_document, description_lines
 from vfiostream.cli.exits import Exit
-from vfiostream.cli.report import Result
+from vfiostream.cli.report import Result, table_lines
 from vfiostream.cli.run import Output, Run, carry_out
 from vfiostream.cli.values import printable
 from vfiostream.devices import open_device
 from vfiostream.devices.contract import DeviceDescription
 from vfiostream.errors import VfiostreamError
-
-_WIDTH = 1000
-"""Columns that a table may take: a line of it is never broken."""
 
 
 @dataclass(slots=True)
@@ -110,9 +105,7 @@ def _lines(rows: list[_Row]) -> list[str]:
     for row in rows:
         cells = (address(row.device), row.device.driver or "none", row.device.group or "none", row.node or "none")
         table.add_row(*(Text(printable(cell)) for cell in (*cells, row.state)))
-    text = io.StringIO()
-    Console(file=text, width=_WIDTH, color_system=None).print(table)
-    lines = [line.rstrip() for line in text.getvalue().splitlines()]
+    lines = table_lines(table)
     for row in rows:
         name = address(row.device)
         if row.description is not None:

@@ -31,6 +31,8 @@ class Exit(IntEnum):
     """Did not converge, or was cancelled: the source runs."""
     UNKNOWN = 7
     """After the switchover: who has the device has to be found out."""
+    BROKEN = 8
+    """A device breaks a rule of its interface."""
 
 
 SourceState = Literal["running", "stopped", "unknown"]

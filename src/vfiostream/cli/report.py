@@ -6,6 +6,7 @@ migration runs: a terminal or pipe that takes nothing must not hold up a guest t
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -27,6 +28,8 @@ from vfiostream.cli.exits import Exit, Failure
 from vfiostream.cli.values import printable, show_rate, show_size, show_time
 from vfiostream.pipeline.progress import Progress
 
+_WIDTH = 1000
+"""Columns that a table in a result may take."""
 RATE_WINDOW = 1.0
 """Seconds over which the rate of a status is measured."""
 
@@ -139,6 +142,9 @@ class Report(ABC):
     def status(self, status: Status) -> None:  # noqa: B027 - nothing is what most reports make of it
         """How far it is."""
 
+    def checking(self, rule: str, number: int, count: int) -> None:  # noqa: B027 - as above
+        """The check of ``rule`` begins, ``number`` of ``count``."""
+
     @abstractmethod
     def result(self, result: Result) -> None:
         """The command has done its work."""
@@ -192,6 +198,10 @@ class Terminal(Plain):
         self._live.start()
         self._live.update(_table(status), refresh=True)
 
+    def checking(self, rule: str, number: int, count: int) -> None:
+        self._live.start()
+        self._live.update(Text(f"{number} of {count}: {rule}"), refresh=True)
+
     def close(self) -> None:
         self._live.stop()
 
@@ -209,6 +219,9 @@ class Json(Report):
 
     def status(self, status: Status) -> None:
         self._put("status", **status._asdict())
+
+    def checking(self, rule: str, number: int, count: int) -> None:
+        self._put("status", phase="checking", rule=rule, number=number, count=count)
 
     def result(self, result: Result) -> None:
         self._put("summary", **result.document)
@@ -256,6 +269,13 @@ def _table(status: Status) -> Table:
         table.add_column(title, no_wrap=True, justify="right", min_width=len(widest))
     table.add_row(*map(Text, cells.values()))
     return table
+
+
+def table_lines(table: Table) -> list[str]:
+    """``table`` as lines of a result, none of them broken."""
+    text = io.StringIO()
+    Console(file=text, width=_WIDTH, color_system=None).print(table)
+    return [line.rstrip() for line in text.getvalue().splitlines()]
 
 
 def _write(line: str) -> None:

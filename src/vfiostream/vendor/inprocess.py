@@ -132,9 +132,10 @@ class InProcessAccess(Access):
             return False
         return True
 
-    async def start_dma_log(self, page_size: int, ranges: Sequence[tuple[int, int]]) -> None:
-        with contextlib.suppress(DeviceRefused):  # there is none, or starting says what is wrong
-            await self._stop_dma_log()
+    async def start_dma_log(self, page_size: int, ranges: Sequence[tuple[int, int]], *, anew: bool = True) -> None:
+        if anew:
+            with contextlib.suppress(DeviceRefused):  # there is none, or starting says what is wrong
+                await self._stop_dma_log()
         table = b"".join(DMA_LOGGING_RANGE.pack(*one) for one in ranges)
         data = FEATURE_DMA_LOGGING.pack(page_size, len(ranges), 0) + table
         self._logging = True
