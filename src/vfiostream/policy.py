@@ -12,7 +12,6 @@ from typing import Literal, NamedTuple
 
 from vfiostream.errors import UsageError
 
-
 TELLING = 1 << 20
 """Bytes of content from which on the time of a round tells how fast the link is. A shorter round tells how long one
 takes at all, and a longer one would have taken no more: a device of 60 bytes would never be still enough for its link.
