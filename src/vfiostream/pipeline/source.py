@@ -250,7 +250,7 @@ class Source:
     async def _stop_and_copy(self) -> Downtime:
         times = [monotonic()]
         self._progress.phase = "stop-and-copy"
-        self._line.moved_at = self._stopped_at = anyio.current_time()
+        self._line.moved_at = self._stopped_at = monotonic()
         self._paused = True
         await self._ask_guest("pause", self._guest.pause)
         times.append(monotonic())
@@ -391,7 +391,7 @@ class Source:
         source's own devices take is not the target's fault.
         """
         while True:
-            now = anyio.current_time()
+            now = monotonic()
             limit = max(self._line.moved_at, self._stopped_at) + self._settings.patience
             if self._stopped_at == math.inf or not (self._line.waiting or self._awaited):
                 limit = now + self._settings.patience
@@ -400,7 +400,7 @@ class Source:
                     f"{self._transport.address}: the target took nothing for {self._settings.patience:g} s while the "
                     "source was stopped; see whether it hangs"
                 )
-            await anyio.sleep_until(limit)
+            await anyio.sleep(limit - now)
 
     # ---- after: the commit
 

@@ -428,6 +428,9 @@ _HEADER_FIELDS: dict[type[Any], tuple[str, ...]] = {
     for cls in (*_CLASSES.values(), DeviceEntry, PciEntry, RangeEntry)
 }
 
+_FLAT = frozenset(_CLASSES.values()) - {Hello, Welcome}
+"""The records whose headers hold numbers and texts only."""
+
 Streamed: TypeAlias = Capture | Memory | Bitmap | Pages | Pci | Config
 """The records that belong to a device or a range of guest memory."""
 _STREAMED = frozenset(get_args(Streamed))
@@ -444,7 +447,11 @@ CONTENT: dict[int, tuple[int, int]] = {
 
 def encode(record: Record) -> bytes:
     """The record's header. Its stream number is not in it: that is the prefix's."""
-    header: bytes = msgpack.packb(_plain(record))
+    cls = type(record)
+    if cls in _FLAT:
+        header: bytes = msgpack.packb({name: getattr(record, name) for name in _HEADER_FIELDS[cls]})
+    else:
+        header = msgpack.packb(_plain(record))
     return header
 
 
@@ -454,6 +461,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     return value
+
+
+def stream_of(record: Record) -> int:
+    """The number of the record's stream, 0 for one of the migration itself."""
+    return getattr(record, "stream", 0)
 
 
 def is_known(type_: int) -> bool:
@@ -475,17 +487,7 @@ def decode(type_: int, stream: int, sequence: int, header: Buffer) -> Record:
     if streamed != (stream != 0):
         raise StreamError(name_of(type_, sequence), f"can't be on stream {stream}")
     try:
-        values = msgpack.unpackb(
-            header,
-            raw=False,
-            strict_map_key=True,
-            object_pairs_hook=_unique,
-            max_str_len=limits.MAX_TEXT,
-            max_bin_len=16,
-            max_array_len=limits.MAX_RANGES,
-            max_map_len=16,
-            max_ext_len=0,
-        )
+        values = _unpack(header) if cls in _FLAT and _is_short_map(header) else _unpack_nested(header)
         _expect(cls, values)
         if cls is Hello or cls is Welcome:
             values["features"] = tuple(_list(values["features"]))
@@ -497,6 +499,36 @@ def decode(type_: int, stream: int, sequence: int, header: Buffer) -> Record:
     except (ValueError, msgpack.exceptions.UnpackException) as error:
         # msgpack's FormatError, StackError and ExtraData are ValueErrors, OutOfData is an UnpackException.
         raise StreamError(name_of(type_, sequence), f"has a bad header: {error}") from error
+
+
+def _is_short_map(header: Buffer) -> bool:
+    """Whether this is msgpack's fixmap, which has the number of its keys, up to 15, in its first byte."""
+    return len(header) > 0 and header[0] & 0xF0 == 0x80
+
+
+def _unpack(header: Buffer) -> Any:
+    """Unpack a short map that holds no other; what it holds is checked by the record. A header has a limit, and that
+    bounds everything that is allocated here. With the number of keys told, no call for each is needed to find one that
+    stands twice.
+    """
+    values = msgpack.unpackb(header)
+    if header[0] & 0x0F != len(values):
+        raise ValueError("a key stands twice")
+    return values
+
+
+def _unpack_nested(header: Buffer) -> Any:
+    return msgpack.unpackb(
+        header,
+        raw=False,
+        strict_map_key=True,
+        object_pairs_hook=_unique,
+        max_str_len=limits.MAX_TEXT,
+        max_bin_len=16,
+        max_array_len=limits.MAX_RANGES,
+        max_map_len=16,
+        max_ext_len=0,
+    )
 
 
 def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:

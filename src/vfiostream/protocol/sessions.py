@@ -209,6 +209,20 @@ class _Contents:
 
     def take(self, record: Record, content_size: int, bitmap: Buffer | None) -> None:
         match record:
+            case Memory():
+                device = self._device(record.stream)[1]
+                if record.pos != device.pos or content_size > device.left:
+                    raise ValueError(_misplaced(content_size, record.pos, device.left, device.pos))
+                device.pos += content_size
+                device.left -= content_size
+                self.content += content_size
+            case Pages():
+                guest = self._range(record.stream)[1]
+                if record.pos != guest.pos or content_size > guest.left or content_size % limits.PAGE_SIZE:
+                    raise ValueError(_misplaced(content_size, record.pos, guest.left, guest.pos))
+                guest.pos += content_size
+                guest.left -= content_size
+                self.content += content_size
             case Round():
                 if record.number != self.rounds + 1:
                     raise ValueError(f"starts round {record.number}, round {self.rounds + 1} is next")
@@ -217,23 +231,9 @@ class _Contents:
                     guest.next_page = guest.announced = 0
             case Capture():
                 self._capture(record)
-            case Memory():
-                device = self._device(record.stream)[1]
-                if record.pos != device.pos or content_size > device.left:
-                    raise ValueError(_misplaced(content_size, record.pos, device.left, device.pos))
-                device.pos += content_size
-                device.left -= content_size
-                self.content += content_size
             case Bitmap():
                 assert bitmap is not None
                 self._bitmap(record, bitmap)
-            case Pages():
-                guest = self._range(record.stream)[1]
-                if record.pos != guest.pos or content_size > guest.left or content_size % limits.PAGE_SIZE:
-                    raise ValueError(_misplaced(content_size, record.pos, guest.left, guest.pos))
-                guest.pos += content_size
-                guest.left -= content_size
-                self.content += content_size
             case RoundEnd():
                 self._round_end(record)
             case Pci():
@@ -486,7 +486,7 @@ class _Session:
             raise LocalProtocolError(f"{record.type.name} {error}") from error
         self._move(_step(record))
         self._sent += 1
-        stream = record.stream if isinstance(record, records.Streamed) else 0
+        stream = records.stream_of(record)
         frame = framing.pack_frame(
             record.type,
             stream,

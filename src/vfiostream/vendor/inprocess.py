@@ -32,7 +32,8 @@ class InProcessAccess(Access):
         self._mapped: dict[int, list[MappedArea]] = {}
 
     async def _check(self) -> None:
-        await anyio.lowlevel.checkpoint()
+        # Nothing is waited for here: a turn of the loop for each register would take longer than copying 64 KiB.
+        await anyio.lowlevel.checkpoint_if_cancelled()
         if self._lost is not None:
             raise DeviceLost(f"{self.name}: the device is gone ({self._lost}); open it again")
 
