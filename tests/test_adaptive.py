@@ -284,6 +284,15 @@ def test_where_workers_slow_each_other_down_raw_is_come_back_to_and_left_less_an
     assert choices.statistics.changes <= 20
 
 
+@pytest.mark.parametrize("rate", [0.01, 0.02, 0.05])
+def test_a_high_level_that_is_too_slow_here_is_left_for_a_lower_one_not_for_raw(rate: float) -> None:
+    # A single sample looks six times as good as what both workers come to, as on a machine that has much else to do.
+    line = Line(Adaptive(2), steady(rate * GB), slowed=0.15)
+    line.run(for_a_time(line, 30, LIBRARIES))
+    assert reached(line, 3) >= 0.9 * best(rate * GB, 2, LIBRARIES, slowed=0.15)
+    assert sum(level is None for level in line.levels) <= 40
+
+
 TARGETS: dict[str, dict[str, Any]] = {
     "two cores for both ends": {"unpacks": 1.5 * GB, "cores": 2},
     "half as fast as the source": {"unpacks": 0.5 * GB},

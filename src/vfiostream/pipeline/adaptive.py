@@ -11,6 +11,8 @@ speed of the level) and the link (its rate times what a byte of payload stands f
 
 - Speed and ratio of the levels are at first what we measured on libraries. The chunks correct them, all by the same
   factor. What does not shrink loads the link alone.
+- What can't be computed shows at once: a level that was no better than the one before is given up for a while. (Workers
+  that share processors with others are slower the more they have to do.)
 - The rate of the link is seen where the sender waits for nothing else. Where it waits for the workers, the link may be
   faster than what goes over it by any factor.
 
@@ -60,6 +62,8 @@ SWALLOWED = 8 << 20
 """Bytes of payload that go out after a change before the level is judged: about what sockets hold."""
 BELIEVED = 0.5
 """Seconds for which compressing and raw rest at first when one has been changed for the other."""
+OTHER = 1.5
+"""The factor between two times for the same that have nothing to do with each other."""
 LONGEST = 16.0
 """Seconds to which failures alone make that grow."""
 _KEPT = 31 / 32
@@ -223,6 +227,11 @@ class Adaptive(Choices):
         """Bytes of payload that are still to go out before the level is judged."""
         self._took: float | None = None
         """Seconds for a byte of content in this turn, of late."""
+        self._left: tuple[int, float] | None = None
+        """The level that another one was just chosen instead of, and what it took."""
+        self._settled_until = 0.0
+        """On the clock: for how long no other level is tried, as the last one was none the better."""
+        self._settled_took = 0.0
         self._crossed_at = 0.0
         """On the clock: when compressing was last changed for raw, or raw for compressing."""
         self._patience = BELIEVED
@@ -274,7 +283,11 @@ class Adaptive(Choices):
         swallows = self._to_swallow > 0
         self._to_swallow -= payload_size
         enough = not swallows and window.chunks >= FEWEST_CHUNKS and window.seconds >= SHORTEST
-        if enough or (self._level is None and window.seconds >= LONG):
+        is_long = self._level is None and window.seconds >= LONG
+        if is_long and swallows:
+            # What went before it may have been swallowed.
+            window = _Window(1, choice.size, payload_size, link + starved, starved)
+        if enough or is_long:
             self._window = _Window()
             self._judge(window)
         elif swallows and self._to_swallow <= 0:
@@ -318,6 +331,7 @@ class Adaptive(Choices):
 
     def _judge(self, window: _Window) -> None:
         took = window.seconds / window.content
+        is_first = self._took is None
         self._took = took if self._took is None else (self._took + took) / 2
         link = window.seconds / max(window.payload, 1)
         if self._level is None:
@@ -330,7 +344,7 @@ class Adaptive(Choices):
             self._link = min(self._link, link) if window.is_starved else link
             self._raw = min(self._raw, self._link)
             self._packed = 0.0 if window.is_starved else self._took
-            level = self._instead_of(self._level, self._took, window.is_starved)
+            level = self._instead_of(self._level, self._took, starved=window.is_starved, first=is_first)
         if level != self._level:
             self._change(level)
 
@@ -339,15 +353,19 @@ class Adaptive(Choices):
         seconds = max(self._seconds(best), self._packed if self._rests else 0.0)
         return best if seconds < (1 - GAIN) * took else None
 
-    def _instead_of(self, level: int, took: float, starved: bool) -> int | None:
-        if self._raw < (1 - GAIN) * took:
-            return None
-        # About twice what is to be swallowed goes raw in a trial.
-        seen = starved or self._clock >= self._crossed_at + 2 * SWALLOWED * self._link / SHARE
-        if seen and not self._rests:
-            return None
+    def _instead_of(self, level: int, took: float, *, starved: bool, first: bool) -> int | None:
         best = min(self._speeds, key=self._seconds)
-        return best if self._seconds(best) < (1 - GAIN) * self._seconds(level) else level
+        # Where it is the workers that are slow, a lower level may be all it needs.
+        if self._raw < (1 - GAIN) * (self._seconds(best) if starved else took):
+            return None
+        if first and self._left is not None and took > self._left[1]:
+            return self._left[0]
+        settled = self._clock < self._settled_until and took < OTHER * self._settled_took
+        if not settled and self._seconds(best) < (1 - GAIN) * self._seconds(level):
+            return best
+        # About twice what is to be swallowed goes raw in a trial.
+        due = starved or self._clock >= self._crossed_at + 2 * SWALLOWED * self._link / SHARE
+        return None if due and not self._rests else level
 
     def _change(self, level: int | None) -> None:
         if level is None or self._level is None:
@@ -359,6 +377,15 @@ class Adaptive(Choices):
             elif stayed > LONGEST:
                 self._patience = BELIEVED
             self._crossed_at = self._clock
+            self._left = None
+        elif self._left is not None and level == self._left[0]:
+            self._patience = min(2 * self._patience, LONGEST)
+            self._settled_until = self._clock + self._patience
+            self._settled_took = self._left[1]
+            self._left = None
+        else:
+            assert self._took is not None
+            self._left = self._level, self._took
         self._level = level
         self._turn += 1
         self._window = _Window()
