@@ -30,11 +30,10 @@ def test_each_level_that_is_asked_for_is_used() -> None:
 
 
 class Raw(Adaptive):
-    """Goes raw from the start, and after the first chunk, which is no zeros, with a trial as soon as one is due."""
+    """Tries one as soon as it may after the first chunk, which is no zeros."""
 
     def __init__(self, workers: int) -> None:
         super().__init__(workers)
-        self._level = None
         self.trials: list[Choice] = []
         self._begun = False
 

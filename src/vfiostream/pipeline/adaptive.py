@@ -4,32 +4,39 @@ Nothing here does anything or has a clock. Whoever has a chunk asks :meth:`Choic
 when a worker is done with it, if it was to be compressed; and :meth:`Choices.sent` when it is on its way, with how long
 the link took and how long the sender had to wait for the worker before.
 
-How :class:`Adaptive` decides. A line that compresses goes as fast as the slower of two: the workers (as many times the
-speed of the level) and the link (its rate times what a byte of payload stands for). So compressing pays where the
-workers take less time than the link would with what they save, and the best level is about where both are busy. That
-is computed for every level, from what is known of the data, the machine and the link:
+How :class:`Adaptive` decides. There are two questions, and each is answered by what tells most about it.
 
-- Speed and ratio of the levels are at first what we measured on libraries. The chunks correct them. What a level shows
-  when it comes after another is half the difference of the two and half a change of data or load, for all we know; what
-  it shows later is a change, and concerns all levels.
-- Some chunks do not shrink. How many is known from those that were tried, and they load the link alone.
-- The rate of the link is seen only where the sender waits for nothing else, and when the sockets between are full: they
-  swallow megabytes at the speed of memory. Where it waits for the workers, the link may be faster than what goes
-  over it by any factor. What was seen before is then believed for a while; after that one level less is tried, and so
-  on until the link is what is slow.
-- A change that leads back to where it began rests the matter, each time for twice as long, unless the link becomes
-  another.
-- Where all goes raw, a chunk now and then is compressed all the same, to know what that would be like.
+Which level, where content is compressed? The line goes as fast as the slower of two: the workers (as many times the
+speed of the level) and the link (its rate times what a byte of payload stands for). That is computed for every level:
 
-A level is judged by the chunks that were chosen since it was, by several of them and some milliseconds at a time, and
-changed only for a gain that is worth it. So it can't change with each chunk.
+- Speed and ratio of the levels are at first what we measured on libraries. The chunks correct them, all by the same
+  factor. What does not shrink loads the link alone.
+- What can't be computed shows at once: a level that was no better than the one before is given up for a while. (Workers
+  that share processors with others are slower the more they have to do.)
+- The rate of the link is seen where the sender waits for nothing else. Where it waits for the workers, the link may be
+  faster than what goes over it by any factor.
+
+Compressed or raw? That can't be computed: the target decompresses on processors of which nothing is known here, and
+seen from the source a slow target looks as a slow link does. So what both showed themselves is compared, in seconds for
+a byte of content:
+
+- It begins raw, which costs nothing on a fast link. What sockets swallow at the speed of memory is paid for on a slow
+  one: as much as so many megabytes take, once.
+- While content is compressed, raw is believed to be as quick as it was last seen, and is gone back to when compressing
+  is slower than that. It is tried again when it may be quicker by now: where the link can't be seen, and, as a target
+  that is slow hides it as well, now and then where it can. A trial ends when it takes long.
+- While all goes raw, a chunk now and then is compressed, to know what that would be like. What compressing came to last
+  is believed for a while: by its worker alone a chunk looks faster than many can be.
+- A change back rests the matter, each time for twice as long.
+
+A level is judged by several chunks and some milliseconds at a time, of those that were chosen since it was, and left
+only for a gain that is worth it. So it can't change with each chunk.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -37,32 +44,33 @@ LADDER: tuple[int | None, ...] = (None, -5, -1, 1, 3, 6, 9)
 """What :class:`Adaptive` chooses from, the quickest first. None is raw. What lies between gains little more (the ratio
 of 2 is within 6 % of both neighbours'), what lies beyond 9 takes longer without getting smaller.
 """
-START = 1
-"""The level to begin with: a raw chunk costs much where the link is slow, this costs little where it is fast."""
+SAMPLED = 1
+"""The level of a sample among raw chunks: in the middle, so that it says something of all."""
+SHARE = 0.01
+"""The share of the time that finding out may take: samples among raw chunks, trials of raw on a link that is seen."""
 GAIN = 0.05
 """The least gain in time that a change is worth."""
 FEWEST_CHUNKS = 8
 """Chunks that have to be sent before a level is judged."""
 SHORTEST = 0.02
 """Seconds that sending them has to take: noise is of milliseconds."""
+LONG = 0.1
+"""Seconds of raw chunks after which they are judged anyway, for more would be waste."""
 STARVED = 0.1
 """The share of its time that a sender may wait for workers while the link still counts as what it waits for."""
 SWALLOWED = 8 << 20
 """Bytes of payload that go out after a change before the level is judged: about what sockets hold."""
 BELIEVED = 0.5
-"""Seconds for which the rate of a link is believed that is not seen any more; a first failure rests twice as long."""
-LONGEST = 16.0
-"""Seconds that a failure rests at most."""
+"""Seconds for which compressing and raw rest at first when one has been changed for the other."""
 OTHER = 1.5
-"""The factor between two rates of a link that have nothing to do with each other."""
-TRIALS = 0.01
-"""The share of the time that compressing a chunk now and then may take, where everything goes raw."""
-_KEPT = 7 / 8
-"""Of how many chunks shrank, at each new one."""
+"""The factor between two times for the same that have nothing to do with each other."""
+LONGEST = 16.0
+"""Seconds to which failures alone make that grow."""
+_KEPT = 31 / 32
+"""Of what is known, at each new sample."""
 
 # GB/s of one core, and bytes of content for one of payload: 1 MiB frames of the libraries of a Debian, zstd 1.5.7.
 _LIBRARIES = {-5: (0.80, 1.83), -1: (0.65, 2.22), 1: (0.56, 2.53), 3: (0.36, 2.79), 6: (0.13, 2.94), 9: (0.09, 2.97)}
-_QUICKEST = min(_LIBRARIES)
 
 
 @dataclass(slots=True, eq=False)
@@ -79,6 +87,8 @@ class Choice:
     """Changes of level before this choice."""
     packed_size: int | None = None
     """Bytes of the zstd frame, where there is one; :meth:`Choices.packed` sets it."""
+    seconds: float = 0.0
+    """Of the worker's time; set with it."""
 
 
 class Use(NamedTuple):
@@ -120,6 +130,11 @@ class Choices(ABC):
 
     @property
     @abstractmethod
+    def is_raw(self) -> bool:
+        """Whether chunks go raw now, but for one now and then."""
+
+    @property
+    @abstractmethod
     def statistics(self) -> Statistics: ...
 
     def unused(self, choice: Choice) -> None:  # noqa: B027 - most have nothing to take back
@@ -130,6 +145,7 @@ class Choices(ABC):
         In any order; not for raw chunks.
         """
         choice.packed_size = packed_size
+        choice.seconds = seconds
 
     def sent(self, choice: Choice, payload_size: int, link: float, starved: float) -> None:
         """The chunk is on its way, with ``payload_size`` bytes (pages of zeros may have been left out of a raw one).
@@ -153,6 +169,10 @@ class Fixed(Choices):
         return Choice(size, self._level, probe=False)
 
     @property
+    def is_raw(self) -> bool:
+        return self._level is None
+
+    @property
     def statistics(self) -> Statistics:
         return Statistics(self._level, dict(self._uses), 0)
 
@@ -162,25 +182,23 @@ class _Window:
     """What was seen of the chunks of one turn, since the level was last judged."""
 
     chunks: int = 0
-    payload: int = 0
-    link: float = 0.0
-    starved: float = 0.0
     content: int = 0
-    """Of those that shrank, and so is what follows."""
-    packed: int = 0
+    payload: int = 0
     seconds: float = 0.0
-
-    @property
-    def is_enough(self) -> bool:
-        return self.chunks >= FEWEST_CHUNKS and self.link + self.starved >= SHORTEST
+    """That sending took, and waiting for workers, which the next one is alone."""
+    starved: float = 0.0
+    shrunk: int = 0
+    """Bytes of content of those that shrank, and so is what follows."""
+    packed: int = 0
+    worked: float = 0.0
 
     @property
     def is_starved(self) -> bool:
-        return self.starved > STARVED * (self.link + self.starved)
+        return self.starved > STARVED * self.seconds
 
 
 class Adaptive(Choices):
-    """Follows what the data, ``workers`` workers and the link allow."""
+    """Follows what the data, ``workers`` workers, the link and the target allow."""
 
     def __init__(self, workers: int) -> None:
         super().__init__()
@@ -191,77 +209,93 @@ class Adaptive(Choices):
         """Logarithm of the ratio, of what shrinks."""
         self._shrinking = 1.0
         """The share of the chunks that shrinks."""
-        self._rate: float | None = None
-        """Bytes a second that the link takes; None until it was seen."""
+        self._tried = 0
+        """Chunks that were compressed, or did not shrink."""
+        self._link = 0.0
+        """Seconds that the link takes for a byte of payload, at most; 0 until it was seen."""
+        self._raw = 0.0
+        """Seconds that a byte of content took, or would have taken at most, where all went raw."""
+        self._packed = 0.0
+        """Seconds that a byte of content took when compressing was left; 0 where the workers were what was slow."""
         self._clock = 0.0
         """Seconds that the sender sent, or waited for workers."""
 
-        self._level: int | None = START
+        self._level: int | None = None
         self._turn = 0
         self._window = _Window()
         self._to_swallow = SWALLOWED
         """Bytes of payload that are still to go out before the level is judged."""
-        self._judged = 0
-        """How often it was in this turn."""
-        self._kept = False
-        """Whether it was found good."""
-
-        self._left: set[int | None] = set()
-        """The level that was kept last, and those after it."""
-        self._left_at = 0.0
-        """On the clock: when it was left."""
-        self._believed_until = 0.0
-        """On the clock: what is known of the link."""
+        self._took: float | None = None
+        """Seconds for a byte of content in this turn, of late."""
+        self._left: tuple[int, float] | None = None
+        """The level that another one was just chosen instead of, and what it took."""
+        self._settled_until = 0.0
+        """On the clock: for how long no other level is tried, as the last one was none the better."""
+        self._settled_took = 0.0
+        self._crossed_at = 0.0
+        """On the clock: when compressing was last changed for raw, or raw for compressing."""
         self._patience = BELIEVED
-        self._resting_until = 0.0
-        """On the clock."""
-        self._resting_rate = 0.0
-        """Of the link, when that was settled."""
-        self._trial_at = 0.0
-        """On the clock: when the next chunk is compressed where all go raw."""
+        """Seconds for which the matter rests then."""
+        self._sample_at = 0.0
+        """On the clock: when the next chunk is compressed where all go raw. Never while one is."""
 
     def choose(self, size: int) -> Choice:
         level = self._level
-        if level is None and self._clock >= self._trial_at:
-            self._trial_at = self._clock + size / self._speeds[_QUICKEST] / TRIALS
-            level = _QUICKEST
+        if level is None and self._clock >= self._sample_at:
+            self._sample_at = math.inf
+            level = SAMPLED
         return Choice(size, level, probe=True, turn=self._turn)
 
     def unused(self, choice: Choice) -> None:
-        if choice.turn == self._turn and choice.level != self._level:
-            self._trial_at = self._clock
+        if self._is_sample(choice):
+            self._sample_at = self._clock
 
     def packed(self, choice: Choice, packed_size: int | None, seconds: float) -> None:
         super().packed(choice, packed_size, seconds)
-        level = choice.level
-        assert level is not None, "raw chunks are not packed"
-        self._shrinking = _KEPT * self._shrinking + (1 - _KEPT) * (packed_size is not None)
-        is_trial = level != self._level and choice.turn == self._turn
+        assert choice.level is not None, "raw chunks are not packed"
+        self._tried += 1
+        share = max(1 / self._tried, 1 - _KEPT)
+        self._shrinking += share * ((packed_size is not None) - self._shrinking)
         if packed_size is None or choice.turn != self._turn:
             return
-        if is_trial:
-            self._learn(level, choice.size, packed_size, seconds, dict.fromkeys(self._speeds, 1 - _KEPT))
-            return
-        self._window.content += choice.size
-        self._window.packed += packed_size
-        self._window.seconds += seconds
+        if self._is_sample(choice):
+            self._learn_ratio(choice.level, choice.size, packed_size, share)
+            if self._turn == 0 or not self._rests:
+                self._learn_speed(choice.level, choice.size, seconds, share)
+        else:
+            self._window.shrunk += choice.size
+            self._window.packed += packed_size
+            self._window.worked += seconds
 
     def sent(self, choice: Choice, payload_size: int, link: float, starved: float) -> None:
         super().sent(choice, payload_size, link, starved)
         self._clock += link + starved
         if choice.turn != self._turn:
             return
-        if self._to_swallow > 0:
-            self._to_swallow -= payload_size
-            return
+        if self._is_sample(choice):
+            self._sample_at = self._clock + (choice.seconds + starved) / SHARE
         window = self._window
         window.chunks += 1
+        window.content += choice.size
         window.payload += payload_size
-        window.link += link
+        window.seconds += link + starved
         window.starved += starved
-        if window.is_enough:
+        swallows = self._to_swallow > 0
+        self._to_swallow -= payload_size
+        enough = not swallows and window.chunks >= FEWEST_CHUNKS and window.seconds >= SHORTEST
+        is_long = self._level is None and window.seconds >= LONG
+        if is_long and swallows:
+            # What went before it may have been swallowed.
+            window = _Window(1, choice.size, payload_size, link + starved, starved)
+        if enough or is_long:
             self._window = _Window()
             self._judge(window)
+        elif swallows and self._to_swallow <= 0:
+            self._window = _Window()
+
+    @property
+    def is_raw(self) -> bool:
+        return self._level is None
 
     @property
     def statistics(self) -> Statistics:
@@ -269,79 +303,92 @@ class Adaptive(Choices):
 
     # ---- what is known
 
-    def _learn(self, level: int, content: int, packed: int, seconds: float, shares: Mapping[int, float]) -> None:
-        """Correct what is known of each level by its share of the difference (of logarithms) between what is known of
-        ``level`` and what was seen of it.
-        """
-        faster = content / max(seconds, 1e-9) / self._speeds[level]
+    def _is_sample(self, choice: Choice) -> bool:
+        return choice.turn == self._turn and choice.level != self._level
+
+    def _learn_ratio(self, level: int, content: int, packed: int, share: float) -> None:
+        """Correct what is known of the levels by a share of the difference (of logarithms) to what was seen of one."""
         more = math.log(content / packed) / self._saved[level]
-        for each, share in shares.items():
-            self._speeds[each] *= faster**share
+        for each in self._saved:
             self._saved[each] *= more**share
 
-    def _seconds(self, level: int | None, rate: float) -> float:
-        """Time for a byte of content."""
-        if level is None:
-            return 1 / rate
+    def _learn_speed(self, level: int, content: int, seconds: float, share: float) -> None:
+        """As :meth:`_learn_ratio`."""
+        faster = content / max(seconds, 1e-9) / self._speeds[level]
+        for each in self._speeds:
+            self._speeds[each] *= faster**share
+
+    def _seconds(self, level: int) -> float:
+        """Time for a byte of content, as far as workers and link go."""
         payload = 1 - self._shrinking + self._shrinking * math.exp(-self._saved[level])
-        return max(payload / rate, self._shrinking / (self._workers * self._speeds[level]))
+        return max(payload * self._link, self._shrinking / (self._workers * self._speeds[level]))
+
+    @property
+    def _rests(self) -> bool:
+        return self._clock < self._crossed_at + self._patience
 
     # ---- what follows
 
     def _judge(self, window: _Window) -> None:
-        self._judged += 1
-        if window.content and self._level is not None:
-            share = dict.fromkeys(self._speeds, 1.0)
-            if self._turn and self._judged == 1:
-                share = {level: 0.0 if level in self._left else 0.5 for level in share} | {self._level: 1.0}
-            self._learn(self._level, window.content, window.packed, window.seconds, share)
-        starved = window.is_starved and self._level is not None
-        if not starved:
-            self._rate = window.payload / max(window.link, 1e-9)
-            self._believed_until = self._clock + BELIEVED
-        elif self._judged == 1:
-            return  # It may be that the sockets are still swallowing.
-        elif self._rate is not None:
-            self._rate = max(self._rate, window.payload / (window.link + window.starved))
-        level = self._better(starved)
-        if level == self._level:
-            self._kept = True
+        took = window.seconds / window.content
+        is_first = self._took is None
+        self._took = took if self._took is None else (self._took + took) / 2
+        link = window.seconds / max(window.payload, 1)
+        if self._level is None:
+            self._link, self._raw = link, self._took
+            level = self._instead_of_raw(self._took)
         else:
+            if window.shrunk:
+                self._learn_ratio(self._level, window.shrunk, window.packed, 1.0)
+                self._learn_speed(self._level, window.shrunk, window.worked, 1.0)
+            self._link = min(self._link, link) if window.is_starved else link
+            self._raw = min(self._raw, self._link)
+            self._packed = 0.0 if window.is_starved else self._took
+            level = self._instead_of(self._level, self._took, starved=window.is_starved, first=is_first)
+        if level != self._level:
             self._change(level)
 
-    def _better(self, starved: bool) -> int | None:
-        """The level to go on with."""
-        if self._rate is None:
-            # Nothing is known of the link but that it waits, so go far; not to raw, which takes too long if the link
-            # is fast only because the data shrinks to little.
-            return _QUICKEST if self._level != _QUICKEST else None
-        another = max(self._rate, self._resting_rate) > OTHER * min(self._rate, self._resting_rate)
-        if another:
-            self._patience = BELIEVED
-        elif self._clock < self._resting_until:
-            return self._level
-        if starved and self._clock >= self._believed_until:
-            return LADDER[LADDER.index(self._level) - 1]
-        rate = self._rate
-        best = min(LADDER, key=lambda level: self._seconds(level, rate))
-        worth = self._seconds(best, rate) < (1 - GAIN) * self._seconds(self._level, rate)
-        return best if worth else self._level
+    def _instead_of_raw(self, took: float) -> int | None:
+        best = min(self._speeds, key=self._seconds)
+        seconds = max(self._seconds(best), self._packed if self._rests else 0.0)
+        return best if seconds < (1 - GAIN) * took else None
+
+    def _instead_of(self, level: int, took: float, *, starved: bool, first: bool) -> int | None:
+        best = min(self._speeds, key=self._seconds)
+        # Where it is the workers that are slow, a lower level may be all it needs.
+        if self._raw < (1 - GAIN) * (self._seconds(best) if starved else took):
+            return None
+        if first and self._left is not None and took > self._left[1]:
+            return self._left[0]
+        settled = self._clock < self._settled_until and took < OTHER * self._settled_took
+        if not settled and self._seconds(best) < (1 - GAIN) * self._seconds(level):
+            return best
+        # About twice what is to be swallowed goes raw in a trial.
+        due = starved or self._clock >= self._crossed_at + 2 * SWALLOWED * self._link / SHARE
+        return None if due and not self._rests else level
 
     def _change(self, level: int | None) -> None:
-        if self._kept:
-            self._left.clear()
-            self._left_at = self._clock
-        self._left.add(self._level)
-        if level in self._left:
-            failed = self._clock - self._left_at < self._patience
-            self._patience = min(2 * self._patience, LONGEST) if failed else BELIEVED
-            self._resting_until = self._clock + self._patience
-            self._resting_rate = self._rate or 0.0
-            self._left.clear()
+        if level is None or self._level is None:
+            stayed = self._clock - self._crossed_at
+            if self._turn and self._rests:
+                self._patience = min(2 * self._patience, LONGEST)
+                if self._level is None:
+                    self._patience = max(self._patience, stayed / SHARE / 2)
+            elif stayed > LONGEST:
+                self._patience = BELIEVED
+            self._crossed_at = self._clock
+            self._left = None
+        elif self._left is not None and level == self._left[0]:
+            self._patience = min(2 * self._patience, LONGEST)
+            self._settled_until = self._clock + self._patience
+            self._settled_took = self._left[1]
+            self._left = None
+        else:
+            assert self._took is not None
+            self._left = self._level, self._took
         self._level = level
         self._turn += 1
-        self._judged = 0
-        self._kept = False
         self._window = _Window()
         self._to_swallow = SWALLOWED
-        self._trial_at = self._clock
+        self._took = None
+        self._sample_at = self._clock

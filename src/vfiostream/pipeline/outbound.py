@@ -210,9 +210,9 @@ class Outbound:
 
     async def caught_up(self) -> None:
         """Wait until the sender has all but caught up. What is copied just before it is sent is still in the
-        processor's cache then. Not while compressors have work: they are to have more.
+        processor's cache then. Not while content is compressed: the compressors are to have more.
         """
-        if not self._packing:
+        if self.choices.is_raw or not self._packing:
             await self._shorter_than(CAUGHT_UP)
 
     async def _shorter_than(self, length: int) -> None:
