@@ -26,9 +26,10 @@ import anyio.lowlevel
 import pytest
 
 from tests.access_contract import IOVA, PAGE, AccessContract, Subject, guest_memory, pattern, read
-from vfiostream.access import open_access, vfio_user, vfio_user_channel
+from vfiostream.access import open_access, vfio_user_channel
 from vfiostream.access.contract import Access
 from vfiostream.access.mapping import CannotMap, Mapping
+from vfiostream.access.region_info import MAX_AREAS
 from vfiostream.access.vfio_user import VfioUserAccess, connect
 from vfiostream.access.vfio_user_channel import Channel
 from vfiostream.errors import (
@@ -1470,7 +1471,7 @@ async def test_a_descriptor_that_cannot_be_mapped_at_all() -> None:
             assert await access.map(await access.region_info(9)) == ()
 
 
-AREAS = [(n * PAGE, PAGE) for n in range(vfio_user.MAX_AREAS + 1)]
+AREAS = [(n * PAGE, PAGE) for n in range(MAX_AREAS + 1)]
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,12 @@ import os
 import socket
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vfiostream.access.contract import Access, DeviceInfo, MappedArea, MigrationData, RegionInfo
 from vfiostream.access.mapping import CannotMap, Mapping
+from vfiostream.access.region_info import MAX_REGIONS, BadRegionInfo, parse_region_info
 from vfiostream.access.vfio_user_channel import Channel
 from vfiostream.access.vfio_user_dma import MAX_TRANSFER, GuestMemory
 from vfiostream.access.vfio_user_feature import Features
@@ -29,14 +30,8 @@ from vfiostream.uapi.vfio import (
     DEVICE_FLAGS_RESET,
     DEVICE_INFO,
     MAX_REGION_INFO,
-    REGION_FLAG_CAPS,
-    REGION_FLAG_MMAP,
-    REGION_FLAG_READ,
-    REGION_FLAG_WRITE,
     REGION_INFO,
-    BadCapabilityChain,
     FeatureOperation,
-    parse_capabilities,
 )
 from vfiostream.uapi.vfio_user import (
     DMA_FLAG_READ,
@@ -60,10 +55,6 @@ VERSION_TIMEOUT = 5.0
 """Seconds a server has to agree on a version: one that serves somebody else lets us connect and then says nothing."""
 MAX_VERSION_BODY = 16 * 1024
 """Longest answer to VERSION that we read."""
-MAX_REGIONS = 1024
-"""Regions we believe a device to have."""
-MAX_AREAS = 256
-"""Mappable areas we believe a region to have; each takes a file descriptor while it is mapped."""
 MIN_TRANSFER = 8
 """A server that moves less at a time can't be given a whole register."""
 
@@ -252,30 +243,17 @@ class VfioUserAccess(Access):
         if needed > REGION_INFO.size:
             # Some servers send capabilities and descriptor only when asked with the size they want.
             body = await self._query_region(index, needed)
-        _argsz, flags, told, cap_offset, size, offset = REGION_INFO.unpack_from(body)
-        if told != index:
-            raise self._broken(f"describes region {told} when asked about region {index}")
         try:
-            type_, sparse = parse_capabilities(body, cap_offset if flags & REGION_FLAG_CAPS else 0)
-        except BadCapabilityChain as error:
-            raise self._broken(f"gives region {index} a bad capability chain ({error})") from error
-        mappable: tuple[tuple[int, int], ...] = ()
-        if flags & (REGION_FLAG_READ | REGION_FLAG_WRITE) and index in self._region_fds:
-            whole = ((0, size),) if flags & REGION_FLAG_MMAP and size else ()
-            mappable = self._check_areas(index, size, whole if sparse is None else sparse)
-        if mappable:
+            info, offset = parse_region_info(index, body)
+        except BadRegionInfo as error:
+            raise self._broken(str(error)) from error
+        if index not in self._region_fds:
+            info = replace(info, mappable=())
+        if info.mappable:
             self._region_offsets[index] = offset
         else:
             self._drop_region_fd(index)
-        return RegionInfo(
-            index=index,
-            size=size,
-            readable=bool(flags & REGION_FLAG_READ),
-            writable=bool(flags & REGION_FLAG_WRITE),
-            type=None if type_ is None else type_[0],
-            subtype=None if type_ is None else type_[1],
-            mappable=mappable,
-        )
+        return info
 
     async def _query_region(self, index: int, argsz: int) -> bytes:
         """Ask once; of the descriptors that come over time, the newest is kept."""
@@ -294,21 +272,6 @@ class VfioUserAccess(Access):
         if reply.size < REGION_INFO.size:
             raise self._broken(f"describes region {index} in {reply.size} bytes")
         return bytes(body[: reply.size])
-
-    def _check_areas(self, index: int, size: int, areas: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-        """Order them by offset; raises DeviceBroken for what can't be areas of the region."""
-        if len(areas) > MAX_AREAS:
-            raise self._broken(f"gives region {index} {len(areas)} mappable areas (the limit is {MAX_AREAS})")
-        end = 0
-        ordered = tuple(sorted(areas))
-        for start, length in ordered:
-            if start < end or length == 0 or start + length > size or start % mmap.PAGESIZE:
-                raise self._broken(
-                    f"gives region {index} of {size} bytes the mappable area {start:#x}+{length:#x}, which is empty, "
-                    "outside, misaligned or overlaps another"
-                )
-            end = start + length
-        return ordered
 
     def _map_areas(self, info: RegionInfo, fd: int, offset: int) -> list[MappedArea]:
         areas = []
