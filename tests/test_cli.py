@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import anyio
@@ -24,14 +23,6 @@ from vfiostream.vendor.settings import Settings, parse_fault
 MIB = 1 << 20
 MOVING = ("send", "receive", "save", "restore", "demo")
 ANSWERING = ("check", "inspect", "verify")
-
-
-@pytest.fixture(autouse=True)
-def _log_level() -> Iterator[None]:
-    logger = logging.getLogger("vfiostream")
-    level = logger.level
-    yield
-    logger.setLevel(level)
 
 
 # ---- values

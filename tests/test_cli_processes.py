@@ -6,7 +6,6 @@ Nothing here sleeps: what has to happen first is read from the output of who doe
 from __future__ import annotations
 
 import json
-import logging
 import os
 import pty
 import re
@@ -118,17 +117,14 @@ Call = Callable[..., Ended]
 
 
 @pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Iterator[Call]:
+def call(capsys: pytest.CaptureFixture[str]) -> Call:
     """As ``run``, in this process: for a command whose being a process is not what is tested."""
-    logger = logging.getLogger("vfiostream")
-    level = logger.level
 
     def called(*arguments: object) -> Ended:
         code = main([str(argument) for argument in arguments])
         return Ended(code, *capsys.readouterr())
 
-    yield called
-    logger.setLevel(level)
+    return called
 
 
 def listening(receiver: Program) -> str:
