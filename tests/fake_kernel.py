@@ -330,7 +330,7 @@ class FakeKernel(Kernel):
     def _device_3b75(self, request: bytearray) -> None:
         _, flags = FEATURE.unpack_from(request)
         feature, operation = flags & 0xFFFF, FeatureOperation(flags & ~0xFFFF)
-        self.calls.append((Feature(feature), operation))
+        self.calls.append((feature, operation))
         if feature == Feature.MIG_DEVICE_STATE and FeatureOperation.SET in operation:
             self._set_state(request)
         elif feature == Feature.MIGRATION and operation == FeatureOperation.GET:
