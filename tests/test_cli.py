@@ -129,7 +129,7 @@ def test_the_options_that_others_rely_on() -> None:
     for name in ("send", "save"):
         assert {"--downtime-limit", "--max-bandwidth", "--max-rounds", "--max-time", "--compress"} <= options_of(name)
     assert "--force" in options_of("save")
-    for path in (("send",), ("receive",), ("save",), ("restore",), ("check",), ("device", "resume")):
+    for path in (("send",), ("receive",), ("save",), ("restore",), ("check",), ("describe",), ("device", "resume")):
         assert {"--record", "--record-payloads"} <= options_of(*path)
     assert options_of("device", "serve") >= {
         "--interface", "--states",

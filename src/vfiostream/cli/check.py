@@ -76,17 +76,19 @@ def check(
 @click.command
 @click.argument("device", type=option_type(parse_described))
 @options.device_timeout
+@options.recordings
 @options.diagnostics
-def describe(device: str, device_timeout: float, output: Output) -> Exit:
+def describe(device: str, device_timeout: float, recordings: options.Recordings, output: Output) -> Exit:
     """Print what another host has to know of DEVICE to check it; for a file.
 
     DEVICE is vfio-user:SOCKET, vfio:NAME, replay:FILE, or file:PATH with a checkpoint. On another host, `vfiostream
     check file:PATH` takes what is printed for the device.
     """
+    recorded = recordings.of(*filter(is_address, [device]))
 
     async def work(run: Run) -> None:
         async with AsyncExitStack() as stack:
-            known = await _open(stack, device, device_timeout, None)
+            known = await _open(stack, device, device_timeout, recorded[0][1] if recorded else None)
             assert not isinstance(known, str)
             run.result = Result({}, description_text(known).splitlines())
 
