@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import pytest
 
 from tests.cli_programs import device, run as run_program
 from tests.conformance_defects import ALL, Defective
+from tests.test_vendor_states import LACKING, NEXT, kernels_way
 from tests.vendor_operations import SMALL
 from vfiostream.access import open_access
 from vfiostream.access.contract import Access
@@ -24,11 +26,14 @@ from vfiostream.cli.exits import Exit
 from vfiostream.conformance import junit
 from vfiostream.conformance.rules import Outcome, Rule, Verdict
 from vfiostream.conformance.run import RULEBOOKS, Report, checks_of, run
+from vfiostream.conformance.states import is_permitted, opens
 from vfiostream.conformance.subject import Opener
 from vfiostream.errors import DeviceLost, DeviceRefused, Incompatible
+from vfiostream.uapi.vfio import MigrationFlags, MigrationState
 from vfiostream.vendor.device import ReferenceDevice
 from vfiostream.vendor.inprocess import InProcessAccess
-from vfiostream.vendor.settings import Interface, Settings
+from vfiostream.vendor.settings import STATES, Interface, Settings
+from vfiostream.vendor.states import OPENING
 
 pytestmark = pytest.mark.anyio
 INTERFACES = get_args(Interface)
@@ -69,6 +74,23 @@ async def test_the_reference_device_keeps_all_rules(interface: str) -> None:
     assert report.interface == interface
     assert [one.rule for one in report.outcomes] == [check.rule for check in checks_of(interface)]
     assert {one.rule.id: one for one in report.outcomes if one.verdict is not Verdict.KEPT} == {}
+
+
+@pytest.mark.parametrize("names", LACKING, ids="+".join)
+def test_which_changes_there_are_is_as_in_the_kernel(names: tuple[str, ...]) -> None:
+    """Another reading of the same table, in the tests of the reference device, knows the way too."""
+    flags = MigrationFlags(sum(STATES[name] for name in names))
+    for start in NEXT:
+        if start in LACKING[names]:
+            continue
+        assert not is_permitted(flags, start, MigrationState.ERROR)
+        assert not is_permitted(flags, start, 8)
+        for end in NEXT:
+            way = kernels_way(names, start, end)
+            assert is_permitted(flags, start, end) is (way is not None)
+            if way is not None:
+                arcs = list(itertools.pairwise([start, *way]))
+                assert opens(start, end) is (bool(arcs) and arcs[-1] in OPENING)
 
 
 VFIO_USER = {

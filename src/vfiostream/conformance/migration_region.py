@@ -356,12 +356,11 @@ async def data_size_refused(subject: MigrationRegionSubject) -> None:
 @REGION.rule("stopped-still", "A stopped device does no DMA: without RUNNING in its state.", f"{_INFO}: _RUNNING")
 async def stopped_still(subject: MigrationRegionSubject) -> None:
     seen = []
-    async with subject.guest() as guest:
-        for state in (STOP, STOP_COPY, RESUMING):
-            await subject.run()
+    for state in (STOP, STOP_COPY, RESUMING):
+        await subject.reset()
+        async with subject.guest() as guest:
             await guest.let_write()
             await subject.go(state)
             if pages := await guest.is_still():
                 seen.append(f"in {name_of(state)} it wrote {len(pages)} pages of guest memory")
-            await subject.reset()
     together(seen)

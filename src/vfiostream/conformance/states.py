@@ -311,14 +311,13 @@ async def reset(subject: StatesSubject) -> None:
 @STATES.rule("stopped-still", "A stopped device does no DMA: in STOP, STOP_COPY and RESUMING.", f"{_HEADER}: STOP")
 async def stopped_still(subject: StatesSubject) -> None:
     seen = []
-    async with subject.guest() as guest:
-        for state in STOPPED:
-            await subject.run()
+    for state in STOPPED:
+        await subject.reset()
+        async with subject.guest() as guest:
             await guest.let_write()
             await subject.go(state)
             if pages := await guest.is_still():
                 seen.append(f"in {state.name} it wrote {len(pages)} pages of guest memory")
-            await subject.reset()
     together(seen)
 
 
