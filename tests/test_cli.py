@@ -310,6 +310,14 @@ def test_json_is_one_line_of_ascii(capsys: pytest.CaptureFixture[str]) -> None:
     }  # fmt: skip
 
 
+def test_a_terminal_says_which_rule_is_checked() -> None:
+    screen = io.StringIO()
+    terminal = Terminal(Console(file=screen, force_terminal=True, width=80, color_system=None))
+    terminal.checking("stream-short", 7, 40)
+    terminal.close()
+    assert "7 of 40: stream-short" in screen.getvalue()
+
+
 def test_the_table_fits_80_columns() -> None:
     screen = io.StringIO()
     terminal = Terminal(Console(file=screen, force_terminal=True, width=80, color_system=None))

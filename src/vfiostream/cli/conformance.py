@@ -63,8 +63,8 @@ def conformance(
     asks for what its interface forbids, resets it over and over, and leaves it running and reset: whatever a guest
     had there is lost. So it wants --yes, and opens the device as its only user.
 
-    docs/conformance.md lists the rules. Exit code 8 where one is broken; a rule that can't be tested on this
-    device is none.
+    docs/conformance.md lists the rules. Exit code 8 where one is broken, or the device can't be brought back after a
+    check; a rule that can't be tested on this device is none.
     """
     if not yes:
         raise UsageError(
@@ -98,7 +98,7 @@ def conformance(
                 if file is not None and report is not None:
                     _write(file, report)
             assert report is not None, "there is no interface without rules"
-            run.result = Result(_document(report), _lines(report), Exit.BROKEN if report.broken else Exit.DONE)
+            run.result = Result(_document(report), _lines(report), Exit.DONE if report.passed else Exit.BROKEN)
 
         return carry_out(work, output, cancelled=f"{device} was reset, as far as it let itself be")
 
@@ -119,7 +119,7 @@ def _write(file: BinaryIO, report: Report) -> None:
 
 def _document(report: Report) -> dict[str, Any]:
     return {
-        "status": "broken" if report.broken else "kept",
+        "status": "kept" if report.passed else "broken",
         "device": report.device,
         "target": report.target,
         "interface": report.interface,

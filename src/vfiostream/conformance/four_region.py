@@ -622,9 +622,9 @@ async def bitmap_clears(subject: FourRegionSubject) -> None:
 @FOUR.rule("stopped-still", "A stopped device does no DMA: in STOP and in STOP with LOGGING.", "operation 3, line 1186")
 async def stopped_still(subject: FourRegionSubject) -> None:
     seen = []
-    async with subject.guest() as guest:
-        for state in (State.STOP, State.STOP_LOGGING):
-            await subject.run()
+    for state in (State.STOP, State.STOP_LOGGING):
+        await subject.reset()
+        async with subject.guest() as guest:
             await guest.let_write()
             await subject.control.set_state(state)
             if pages := await guest.is_still():

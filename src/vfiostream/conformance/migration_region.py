@@ -31,6 +31,8 @@ NAMES = {
     0b111: "RUNNING|SAVING|RESUMING",
 }
 BITS = 0b111
+PIECE = 4096
+"""Bytes that are written at a time where a load is not to be finished."""
 PATHS = (
     (STOP, RUNNING),
     (STOP_COPY, STOP, RUNNING),
@@ -228,13 +230,13 @@ async def reset_told(subject: MigrationRegionSubject) -> None:
 async def reset(subject: MigrationRegionSubject) -> None:
     if refused := await refusal(subject.access.reset()):
         raise NotTestable(f"a reset was refused with {named(refused)}")
-    stream = await subject.stream()
+    half = await subject.half()
     seen = []
     for state in (STOP, PRE_COPY, STOP_COPY, RESUMING):
         await subject.reset()
         await subject.go(state)
         if state == RESUMING:
-            await subject.write(stream.data[: len(stream.data) // 2], stream.pieces)
+            await subject.write(half, (PIECE,))
         elif state in (PRE_COPY, STOP_COPY) and await subject.pending():
             await subject.place()
         await subject.access.reset()
@@ -354,12 +356,11 @@ async def data_size_refused(subject: MigrationRegionSubject) -> None:
 @REGION.rule("stopped-still", "A stopped device does no DMA: without RUNNING in its state.", f"{_INFO}: _RUNNING")
 async def stopped_still(subject: MigrationRegionSubject) -> None:
     seen = []
-    async with subject.guest() as guest:
-        for state in (STOP, STOP_COPY, RESUMING):
-            await subject.run()
+    for state in (STOP, STOP_COPY, RESUMING):
+        await subject.reset()
+        async with subject.guest() as guest:
             await guest.let_write()
             await subject.go(state)
             if pages := await guest.is_still():
                 seen.append(f"in {name_of(state)} it wrote {len(pages)} pages of guest memory")
-            await subject.reset()
     together(seen)

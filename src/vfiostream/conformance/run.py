@@ -25,7 +25,7 @@ from vfiostream.devices.migration_region import migration_region
 from vfiostream.devices.migration_states import migration_flags
 from vfiostream.devices.operations import blocker
 from vfiostream.devices.regions import regions_of
-from vfiostream.errors import DeviceError, Incompatible
+from vfiostream.errors import DeviceError, Incompatible, UsageError
 from vfiostream.uapi.four_region import REGION_TYPE, Subtype
 
 RULEBOOKS: dict[str, tuple[Rulebook[Any], ...]] = {
@@ -50,6 +50,11 @@ class Report:
     @property
     def broken(self) -> list[Outcome]:
         return [one for one in self.outcomes if one.verdict is Verdict.BROKEN]
+
+    @property
+    def passed(self) -> bool:
+        """Whether no rule was seen broken, and the device could be brought back after each check."""
+        return all(one.verdict not in (Verdict.BROKEN, Verdict.SKIPPED) for one in self.outcomes)
 
 
 def checks_of(interface: str) -> list[Check[Any]]:
@@ -146,6 +151,8 @@ async def _judge(subject: Subject, check: Check[Any]) -> tuple[Verdict, str]:
         return Verdict.BROKEN, str(broken)
     except NotTestable as reason:
         return Verdict.NOT_TESTABLE, str(reason)
+    except UsageError as error:
+        return Verdict.NOT_TESTABLE, f"the access does not pass it on: {error}"
     except DeviceError as error:
         # What a check does not expect to be refused is in order: see its sentence, and what was refused.
         return Verdict.BROKEN, str(error)

@@ -66,6 +66,14 @@ class StreamSubject(Subject):
                 raise NotTestable("the device gave a stream of no bytes")
         return self._stream
 
+    async def half(self) -> bytes:
+        """Half a stream, to be in the midst of a load; nothing of it where :meth:`stream` has none."""
+        try:
+            data, _ = await self.stream()
+        except NotTestable:
+            return b""
+        return data[: len(data) // 2]
+
     @abstractmethod
     async def save(self) -> Stream:
         """Save the state of the stopped device; raises what an access raises."""

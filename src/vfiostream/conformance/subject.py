@@ -8,7 +8,7 @@ import mmap
 import os
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Self
 
 import anyio
@@ -124,7 +124,12 @@ class Subject(ABC):
                     await self.access.dma_map(GUEST_IOVA, len(memory), fd, 0, writable=True)
                 except (DeviceRefused, UsageError) as error:
                     raise NotTestable(f"guest memory can't be mapped: {error}") from error
-                yield Guest(self, memory)
+                access = self.access
+                try:
+                    yield Guest(self, memory)
+                finally:
+                    with suppress(DeviceError):  # of what was closed meanwhile, nothing is mapped any more
+                        await access.dma_unmap(GUEST_IOVA, len(memory))
         finally:
             os.close(fd)
 
