@@ -361,7 +361,7 @@ async def read_to_end(data: MigrationData, most: int = 4096) -> bytes:
     into = memoryview(bytearray(most))
     while True:
         try:
-            count = await data.read_into(into)
+            count = await data.read_into([into])
         except DeviceRefused as refused:
             if refused.errno == errno.ENOMSG:
                 return bytes(whole)
@@ -413,7 +413,7 @@ class FeatureContract:
             assert await state_of(access) is STOP_COPY
             whole = await read_to_end(data, 1 << 16)
             assert whole
-            assert await data.read_into(memoryview(bytearray(16))) == 0
+            assert await data.read_into([memoryview(bytearray(16))]) == 0
         assert await access.set_migration_state(STOP) is None
         async with await opened(access, RESUMING) as data:
             # Cut otherwise than it was read; byte by byte only at the start, which is where it may matter.

@@ -671,17 +671,17 @@ async def test_data_out(access: KernelAccess, kernel: FakeKernel) -> None:
     assert data is not None
     assert await data.precopy_info() == (True, 24, 99)
     into = bytearray(64)
-    assert await data.read_into(memoryview(into)) == 64
+    assert await data.read_into([memoryview(into)]) == 64
     assert into == pattern(100)[:64]
-    assert await data.read_into(memoryview(into)) == 36
-    assert await data.read_into(memoryview(into)) == 0
+    assert await data.read_into([memoryview(into)]) == 36
+    assert await data.read_into([memoryview(into)]) == 0
     kernel.failures["read"] = errno.ENOMSG
     with pytest.raises(DeviceRefused, match="reading migration data with ENOMSG"):
-        await data.read_into(memoryview(into))
+        await data.read_into([memoryview(into)])
     await data.aclose()
     await data.aclose()
     with pytest.raises(DeviceLost):
-        await data.read_into(memoryview(into))
+        await data.read_into([memoryview(into)])
 
 
 async def test_data_in(access: KernelAccess, kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
