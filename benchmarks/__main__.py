@@ -10,7 +10,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks import compression, delta, files, leaves, machine, network, page, plots, scaling, switchover
+from benchmarks import compression, delta, devices, files, leaves, machine, network, page, plots, scaling, switchover
 from benchmarks.moving import ROOT
 from benchmarks.plan import BUILD, CannotRun, Plan
 from benchmarks.result import FOLDER, Group, Result, newest
@@ -20,6 +20,7 @@ Measurement = Callable[[Plan], Iterator[Row]]
 
 GROUPS: dict[str, Sequence[Measurement]] = {
     "network": network.MEASUREMENTS,
+    "devices": devices.MEASUREMENTS,
     "compression": compression.MEASUREMENTS,
     "files": files.MEASUREMENTS,
     "leaves": leaves.MEASUREMENTS,

@@ -18,6 +18,7 @@ END = "<!-- to here -->"
 
 TITLES = {
     "network": "TCP and UNIX sockets",
+    "devices": "Data of the kernel's drivers, for which files stand",
     "compression": "Compression",
     "files": "Checkpoints",
     "leaves": "The accelerator",

@@ -361,7 +361,7 @@ async def read_to_end(data: MigrationData, most: int = 4096) -> bytes:
     into = memoryview(bytearray(most))
     while True:
         try:
-            count = await data.read_into(into)
+            count = await data.read_into([into])
         except DeviceRefused as refused:
             if refused.errno == errno.ENOMSG:
                 return bytes(whole)
@@ -405,6 +405,28 @@ class FeatureContract:
 
     # ---- states and data
 
+    @pytest.mark.parametrize("sizes", [(4096, 4096, 4096), (4097, 7, 1 << 16), (1 << 16, 1)])
+    async def test_data_is_read_to_several_places_in_order(
+        self, subject: FeatureSubject, sizes: tuple[int, ...]
+    ) -> None:
+        access = subject.access
+        await need_states(access)
+        whole = bytearray()
+        async with await opened(access, STOP_COPY) as data:
+            while True:
+                views = [memoryview(bytearray(b"\xaa" * size)) for size in sizes]
+                count = await data.read_into(views)
+                joined = b"".join(views)
+                assert 0 <= count <= len(joined)
+                assert not joined[count:].strip(b"\xaa")
+                if not count:
+                    break
+                whole += joined[:count]
+        assert await access.set_migration_state(STOP) is None
+        async with await opened(access, RESUMING) as data:
+            await data.write(whole)
+            assert await access.set_migration_state(STOP) is None  # which a driver refuses of what is not in order
+
     @pytest.mark.parametrize("most", [1, 4096, 1 << 21])
     async def test_the_state_of_a_device_moves_out_and_in(self, subject: FeatureSubject, most: int) -> None:
         access = subject.access
@@ -413,7 +435,7 @@ class FeatureContract:
             assert await state_of(access) is STOP_COPY
             whole = await read_to_end(data, 1 << 16)
             assert whole
-            assert await data.read_into(memoryview(bytearray(16))) == 0
+            assert await data.read_into([memoryview(bytearray(16))]) == 0
         assert await access.set_migration_state(STOP) is None
         async with await opened(access, RESUMING) as data:
             # Cut otherwise than it was read; byte by byte only at the start, which is where it may matter.

@@ -88,7 +88,7 @@ class DataBetween(MigrationData):
         self.between = between
         self.data = data
 
-    async def read_into(self, into: memoryview) -> int:
+    async def read_into(self, into: Sequence[memoryview]) -> int:
         return await self.between.called("data.read_into", lambda: self.data.read_into(into))
 
     async def write(self, data: Buffer) -> None:

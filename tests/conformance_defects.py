@@ -46,8 +46,8 @@ T = TypeVar("T", type["Defective"], Patch)
 class HookedData(DataBetween):
     between: Defective
 
-    async def read_into(self, into: memoryview) -> int:
-        return await self.between.read_data(self.data, into)
+    async def read_into(self, into: Sequence[memoryview]) -> int:
+        return await self.between.read_data(self.data, into[0])
 
     async def write(self, data: Buffer) -> None:
         await self.between.write_data(self.data, bytes(data))
@@ -75,7 +75,7 @@ class Defective(Between):
         return None if data is None else HookedData(self, data)
 
     async def read_data(self, data: MigrationData, into: memoryview) -> int:
-        return await data.read_into(into)
+        return await data.read_into([into])
 
     async def write_data(self, data: MigrationData, piece: bytes) -> None:
         await data.write(piece)

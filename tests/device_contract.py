@@ -198,15 +198,17 @@ async def drain(device: Device, size: int | None, cuts: Iterable[int] = (5 * PAG
     for cut in itertools.cycle(cuts):
         piece = await device.next(cut)
         if piece is None:
-            into = bytearray(cut)
-            count = await device.read(memoryview(into))
-            piece = memoryview(into)[:count]
-        with piece:
+            views = [memoryview(bytearray(cut)) for _ in range(3)]
+            count = await device.read(views)
+            assert count <= 3 * cut
+            piece = memoryview(b"".join(views))[:count]
+        else:
             assert len(piece) <= cut
+        with piece:
             if not piece:
                 assert size is None or len(content) == size
                 assert not await device.next(cut)
-                assert not await device.read(memoryview(bytearray(cut)))
+                assert not await device.read([memoryview(bytearray(cut))])
                 return bytes(content)
             content += piece
     raise AssertionError("no cuts")
@@ -893,7 +895,7 @@ class DeviceContract:
     ) -> None:
         arguments: dict[str, tuple[Any, ...]] = {
             "next": (10,),
-            "read": (memoryview(bytearray(10)),),
+            "read": ([memoryview(bytearray(10))],),
             "merge_dirty": (IOVA, 0, memoryview(b"")),
             "begin_capture": (0,),
             "begin_config": (10,),
@@ -1432,7 +1434,7 @@ async def read_some(device: Device) -> None:
     """Part of what is left of a capture."""
     piece = await device.next(2 * PAGE)
     if piece is None:
-        await device.read(memoryview(bytearray(2 * PAGE)))
+        await device.read([memoryview(bytearray(2 * PAGE))])
 
 
 async def read_all(device: Device) -> None:

@@ -10,7 +10,7 @@ import ctypes
 import errno
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -194,7 +194,7 @@ class FakeKernel(Kernel):
         self._enter("pwrite")
         return super().pwrite(fd, data, offset)  # type: ignore[arg-type]
 
-    def read(self, fd: int, into: memoryview) -> int:
+    def read(self, fd: int, into: Sequence[memoryview]) -> int:
         self._enter("read")
         return super().read(fd, into)
 

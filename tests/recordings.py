@@ -107,7 +107,7 @@ async def drain(device: Device, cuts: Iterator[int]) -> bytes:
         piece = await device.next(cut)
         if piece is None:
             piece = memoryview(bytearray(cut))
-            piece = piece[: await device.read(piece)]
+            piece = piece[: await device.read([piece])]
         content += piece
         if not piece:
             break

@@ -673,17 +673,34 @@ async def test_data_out(access: KernelAccess, kernel: FakeKernel) -> None:
     assert data is not None
     assert await data.precopy_info() == (True, 24, 99)
     into = bytearray(64)
-    assert await data.read_into(memoryview(into)) == 64
+    assert await data.read_into([memoryview(into)]) == 64
     assert into == pattern(100)[:64]
-    assert await data.read_into(memoryview(into)) == 36
-    assert await data.read_into(memoryview(into)) == 0
+    assert await data.read_into([memoryview(into)]) == 36
+    assert await data.read_into([memoryview(into)]) == 0
     kernel.failures["read"] = errno.ENOMSG
     with pytest.raises(DeviceRefused, match="reading migration data with ENOMSG"):
-        await data.read_into(memoryview(into))
+        await data.read_into([memoryview(into)])
     await data.aclose()
     await data.aclose()
     with pytest.raises(DeviceLost):
-        await data.read_into(memoryview(into))
+        await data.read_into([memoryview(into)])
+
+
+async def test_data_out_to_several_places(access: KernelAccess, kernel: FakeKernel) -> None:
+    """Of which a call of the kernel takes 1024."""
+    kernel.data = pattern(3000)
+    data = await access.set_migration_state(MigrationState.STOP_COPY)
+    assert data is not None
+    into = bytearray(3000)
+    whole = memoryview(into)
+    kernel.calls.clear()
+    assert await data.read_into([whole[:7], whole[7:900], whole[900:901]]) == 901
+    assert kernel.calls == ["read"]
+    assert await data.read_into([whole[at : at + 1] for at in range(901, 3000)]) == 1024
+    assert await data.read_into([whole[1925:2900], whole[2900:], whole[:0]]) == 1075
+    assert into == pattern(3000)
+    assert await data.read_into([whole[:1], whole[1:2]]) == 0
+    await data.aclose()
 
 
 async def test_data_in(access: KernelAccess, kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,7 +165,9 @@ async def test_a_server_that_closes_the_connection(command: str) -> None:
                         case _:
                             assert data is not None
                             await (
-                                data.write(b"lost") if command == "write" else data.read_into(memoryview(bytearray(4)))
+                                data.write(b"lost")
+                                if command == "write"
+                                else data.read_into([memoryview(bytearray(4))])
                             )
 
 
@@ -243,16 +245,16 @@ async def test_reading() -> None:
 
     async with data_of(script) as data:
         into = memoryview(bytearray(64))
-        assert await data.read_into(into) == 64
+        assert await data.read_into([into]) == 64
         assert bytes(into) == bytes(range(64))
         for expected in (b"abc", b"def", b"gh"):
-            assert await data.read_into(into) == len(expected)
+            assert await data.read_into([into]) == len(expected)
             assert bytes(into[: len(expected)]) == expected
         with pytest.raises(DeviceRefused) as caught:
-            await data.read_into(into)
+            await data.read_into([into])
         assert caught.value.errno == errno.ENOMSG
-        assert await data.read_into(into) == 0
-        assert await data.read_into(into[:0]) == 0  # asks nobody
+        assert await data.read_into([into]) == 0
+        assert await data.read_into([into[:0]]) == 0  # asks nobody
 
 
 @pytest.mark.parametrize(
@@ -274,9 +276,9 @@ async def test_reading_what_makes_no_sense(body: bytes) -> None:
     async with data_of(script) as data:
         buffer = bytearray(b"\xa5" * 80)
         with pytest.raises(DeviceBroken, match="makes no sense"):
-            await data.read_into(memoryview(buffer)[8:72])
+            await data.read_into([memoryview(buffer)[8:72]])
         assert buffer[:8] == buffer[72:] == b"\xa5" * 8
-        assert await data.read_into(memoryview(buffer)) == 1
+        assert await data.read_into([memoryview(buffer)]) == 1
 
 
 async def test_what_was_agreed_bounds_a_read_and_a_write() -> None:
@@ -294,7 +296,7 @@ async def test_what_was_agreed_bounds_a_read_and_a_write() -> None:
         assert taken == bytes(range(200))
 
     async with data_of(script, max_data_xfer_size=100) as data:
-        assert await data.read_into(memoryview(bytearray(4096))) == 96
+        assert await data.read_into([memoryview(bytearray(4096))]) == 96
         await data.write(bytes(range(200)))
 
 
@@ -317,7 +319,7 @@ async def test_writes_are_short_and_reads_are_not() -> None:
         await data.write(memoryview(content))
         await data.write(b"")  # asks nobody
         into = bytearray(len(content))
-        assert await data.read_into(memoryview(into)) == len(content)
+        assert await data.read_into([memoryview(into)]) == len(content)
         assert into == content
 
 
@@ -339,7 +341,7 @@ async def test_there_is_no_precopy_info_and_closed_data_is_closed() -> None:
         assert caught.value.errno == errno.ENOTTY
         await data.aclose()
         with pytest.raises(DeviceLost, match="closed"):
-            await data.read_into(memoryview(bytearray(1)))
+            await data.read_into([memoryview(bytearray(1))])
         with pytest.raises(DeviceLost, match="closed"):
             await data.write(b"x")
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import shutil
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
-from benchmarks import contents, delta, leaves, machine, page, peers
+from benchmarks import contents, delta, devices, leaves, machine, page, peers
 from benchmarks.moving import Backend, End, move, store
 from benchmarks.pairs import Run, column, in_turn, spread
 from benchmarks.plan import MIB, PAGE, CannotRun, Plan
@@ -269,6 +270,25 @@ def test_both_our_sides_move_device_and_guest(tmp_path: Path, backend: Backend) 
     moved = move(source, watch=True)  # which compares what arrived
     assert moved.run.content == 5 * MIB
     assert moved.sent["content"] == moved.received["content"] >= 5 * MIB
+
+
+@pytest.mark.parametrize("backend", devices.BACKENDS)
+def test_a_file_that_stands_for_a_driver_is_read_to_its_end(tmp_path: Path, backend: Backend) -> None:
+    plan = Plan(size=10 * MIB + PAGE)
+    with devices.file_of(plan.size) as file:
+        for _ in range(2):
+            assert devices.read_loop(file, plan).content == plan.size
+            assert devices.through_device(tmp_path, file, plan, backend).content == plan.size
+        with pytest.raises(CannotRun, match="were read"):
+            devices.read_loop(file, replace(plan, size=plan.size + 1))
+
+
+@pytest.mark.parametrize("counts", [(2,), (1, 1)])
+def test_drivers_that_take_their_time_are_saved_whole(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, counts: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr(devices, "RATE", 1e12)
+    assert devices.checkpoints(tmp_path, 3 * MIB + 5, Plan(), counts).content == 6 * MIB + 10
 
 
 def test_the_last_round_has_exactly_what_it_is_to_have() -> None:

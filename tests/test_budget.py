@@ -129,6 +129,35 @@ async def test_memory_is_used_again_and_counted() -> None:
         lease.release()
 
 
+async def test_what_is_left_over_is_not_waited_for() -> None:
+    budget = Budget(LIMIT, CHUNK)
+    one = budget.take_left_over(CHUNK)
+    two = budget.take_left_over(CHUNK)
+    assert one is not None
+    assert two is not None
+    assert budget.take_left_over(CHUNK) is None  # half is for those who wait
+    assert budget.take_left_over(CHUNK // 2 - CHARGE) is not None
+    two.release()
+    assert budget.take_left_over(CHUNK, CHUNK) is None
+    again = budget.take_left_over(CHUNK)
+    assert again is not None
+    assert len(again.view) == CHUNK
+    again.release()
+    one.release()
+    assert (budget.used, budget.peak) == (CHUNK // 2, LIMIT // 2)
+
+
+async def test_nothing_is_left_over_while_somebody_waits() -> None:
+    budget = Budget(LIMIT, CHUNK)
+    held = await budget.take(CHUNK)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(budget.take, CHUNK, 4 * CHUNK)
+        await anyio.wait_all_tasks_blocked()
+        assert budget.take_left_over(CHUNK) is None
+        held.release()
+    assert budget.used == LIMIT
+
+
 async def test_what_never_fits_is_refused() -> None:
     with pytest.raises(UsageError):
         Budget(CHUNK, CHUNK)

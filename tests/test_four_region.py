@@ -748,7 +748,7 @@ async def test_a_refused_data_region_is_named(mmap: str) -> None:
             await source.begin_round()
             await source.capture()
             with pytest.raises(DeviceRefused, match="of its memory region at 0"):
-                await source.read(memoryview(bytearray(PAGE)))
+                await source.read([memoryview(bytearray(PAGE))])
             await source.resume()
 
 

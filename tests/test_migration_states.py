@@ -5,7 +5,7 @@ gets to see.
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, ClassVar
 
@@ -151,7 +151,7 @@ class Stream(DataBetween):
         self.driven = driven
         self.reads: list[int] = []
 
-    async def read_into(self, into: memoryview) -> int:
+    async def read_into(self, into: Sequence[memoryview]) -> int:
         try:
             count = await super().read_into(into)
         except DeviceRefused as error:

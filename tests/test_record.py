@@ -386,7 +386,7 @@ async def test_a_round_that_ends_earlier_leaves_its_rest_to_the_next(path: Path)
             got = memoryview(bytearray(3 * PAGE))
             whole = b""
             with pytest.raises(DeviceRefused) as ended:
-                while count := await data.read_into(got):
+                while count := await data.read_into([got]):
                     whole += got[:count]
             assert ended.value.errno == errno.ENOMSG
             await data.precopy_info()
@@ -394,15 +394,15 @@ async def test_a_round_that_ends_earlier_leaves_its_rest_to_the_next(path: Path)
         data = await access.set_migration_state(MigrationState.PRE_COPY)
         assert data is not None
         got = memoryview(bytearray(PAGE))
-        await data.read_into(got)
+        await data.read_into([got])
         found = bytes(got)
         info = await data.precopy_info()
         assert info.dirty >= 0
         while len(found) < len(whole):
-            found += got[: await data.read_into(got)]
+            found += got[: await data.read_into([got])]
         assert found == whole
         with pytest.raises(DeviceLost, match="the record ends"):
-            await data.read_into(got)
+            await data.read_into([got])
 
 
 async def test_other_bytes_to_load_are_another_question_where_the_record_has_them(

@@ -136,7 +136,7 @@ async def state_of(access: Access) -> MigrationState:
 
 async def read_all(data: MigrationData) -> bytes:
     whole, buffer = b"", bytearray(16)
-    while size := await data.read_into(memoryview(buffer)):
+    while size := await data.read_into([memoryview(buffer)]):
         whole += buffer[:size]
     return whole
 
@@ -188,7 +188,7 @@ async def test_data_are_of_no_use_when_their_state_was_left_or_they_are_closed(m
     data = await start(mtty, MigrationState.STOP_COPY)
     await mtty.set_migration_state(MigrationState.STOP)
     with pytest.raises(DeviceRefused) as caught:
-        await data.read_into(memoryview(bytearray(8)))
+        await data.read_into([memoryview(bytearray(8))])
     assert caught.value.errno == errno.ENODEV
     await data.aclose()
     await data.aclose()

@@ -83,9 +83,12 @@ class MigrationData(Closing):
     """
 
     @abstractmethod
-    async def read_into(self, into: memoryview) -> int:
-        """Read some bytes, at most ``len(into)``; returns how many. 0 is the end in STOP_COPY. In PRE_COPY a driver
-        that has nothing for now refuses with ENOMSG, or returns 0: so decide by the state.
+    async def read_into(self, into: Sequence[memoryview]) -> int:
+        """Read some bytes into these views, at least one: each is filled before the next gets any, and an access may
+        leave all but the first alone. Returns how many bytes in all, 0 only where nothing was read: that is the end in
+        STOP_COPY. In PRE_COPY a driver that has nothing for now refuses with ENOMSG, or returns 0: so decide by the
+        state. What it refuses after the first bytes is not raised, as with ``readv(2)``: it is asked again by the next
+        call.
         """
 
     @abstractmethod

@@ -51,7 +51,9 @@ from vfiostream.uapi.vfio_kernel import Ioctl
 logger = logging.getLogger("vfiostream.access")
 
 PIECE = 4 << 20
-"""Bytes of a region or of a migration's data that one call moves at most: what a cancellation waits for."""
+"""Bytes that one call moves at most, of a region or into a migration's data: what a cancellation waits for. A read of
+such data goes by what the caller has room for.
+"""
 _ADDRESSES = 1 << 64
 _OFFSETS = 1 << 63
 """A file's offsets end there."""
@@ -215,7 +217,7 @@ class KernelData(MigrationData):
         self._thread = thread
         self._fd = fd
 
-    async def read_into(self, into: memoryview) -> int:
+    async def read_into(self, into: Sequence[memoryview]) -> int:
         return await self._call("reading migration data", partial(self._files.read_data, self._fd, into))
 
     async def write(self, data: Buffer) -> None:
@@ -378,7 +380,7 @@ class _Files:
         self._data.add(fd)
         return fd
 
-    def read_data(self, fd: int, into: memoryview) -> int:
+    def read_data(self, fd: int, into: Sequence[memoryview]) -> int:
         return self._kernel.read(fd, into)
 
     def write_data(self, fd: int, data: memoryview) -> None:

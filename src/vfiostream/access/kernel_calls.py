@@ -12,6 +12,7 @@ import fcntl
 import mmap
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 from vfiostream.buffers import Buffer
@@ -25,6 +26,8 @@ _LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _MAP_FAILED = ctypes.c_void_p(-1).value
 MAX_ATTRIBUTE = 4096
 """Bytes of a file in sysfs that are read: they are a page at most."""
+MAX_VIEWS = 1024
+"""Buffers that the kernel takes in one call: ``UIO_MAXIOV`` of ``include/uapi/linux/uio.h``."""
 
 
 class Kernel:
@@ -54,8 +57,8 @@ class Kernel:
     def pwrite(self, fd: int, data: Buffer, offset: int) -> int:
         return os.pwrite(fd, data, offset)
 
-    def read(self, fd: int, into: memoryview) -> int:
-        return os.readv(fd, [into])
+    def read(self, fd: int, into: Sequence[memoryview]) -> int:
+        return os.readv(fd, into[:MAX_VIEWS])
 
     def write(self, fd: int, data: Buffer) -> int:
         return os.write(fd, data)

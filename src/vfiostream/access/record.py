@@ -305,10 +305,10 @@ class RecordedData(MigrationData):
         self._recorder = recorder
         self._closed = False
 
-    async def read_into(self, into: memoryview) -> int:
-        piece = into[:MAX_PAYLOAD]
+    async def read_into(self, into: Sequence[memoryview]) -> int:
+        piece = into[0][:MAX_PAYLOAD]
         with self._recorder.asked("read_data", data=self._number, size=len(piece)) as answer:
-            count = await self._inner.read_into(piece)
+            count = await self._inner.read_into([piece])
             answer.read = bulk_of(piece[:count], keep=self._recorder.payloads)
         return count
 

@@ -406,9 +406,9 @@ class ReplayData(MigrationData):
         self._tape = tape
         self._number = number
 
-    async def read_into(self, into: memoryview) -> int:
+    async def read_into(self, into: Sequence[memoryview]) -> int:
         await self._access.check()
-        return self._tape.read_data(into, self._number)
+        return self._tape.read_data(into[0], self._number)
 
     async def write(self, data: Buffer) -> None:
         await self._access.check()

@@ -168,9 +168,9 @@ class _Data(MigrationData):
         self._timeout = timeout
         self._closed = False
 
-    async def read_into(self, into: memoryview) -> int:
+    async def read_into(self, into: Sequence[memoryview]) -> int:
         self._check()
-        piece = into[: self._max_transfer]
+        piece = into[0][: self._max_transfer]
         if not piece:
             return 0
         what = f"reading {len(piece)} bytes of migration data"

@@ -134,7 +134,7 @@ class StatesSubject(StreamSubject):
         while True:
             into = buffer[: most if pieces is None or len(whole) < pieces else REST]
             try:
-                count = await data.read_into(into)
+                count = await data.read_into([into])
             except DeviceRefused as refused:
                 if refused.errno != errno.ENOMSG:
                     raise
@@ -301,7 +301,7 @@ async def reset(subject: StatesSubject) -> None:
         if state is State.RESUMING:
             await subject.write(half, (READ,))
         elif state in SAVING:
-            await refusal(subject.session().read_into(memoryview(bytearray(1))))
+            await refusal(subject.session().read_into([memoryview(bytearray(1))]))
         await subject.access.reset()
         if (now := await subject.state()) != State.RUNNING:
             seen.append(f"a reset in {state.name} left {name_of(now)}")
@@ -356,7 +356,7 @@ async def data_one_way(subject: StatesSubject) -> None:
     if await refusal(subject.session().write(bytes(16))) is None:
         seen.append("in STOP_COPY, data was taken")
     async with _in_load(subject):
-        if await refusal(subject.session().read_into(memoryview(bytearray(16)))) is None:
+        if await refusal(subject.session().read_into([memoryview(bytearray(16))])) is None:
             seen.append("in RESUMING, a read was not refused")
     together(seen)
 
@@ -372,11 +372,11 @@ async def data_left_saving(subject: StatesSubject) -> None:
         if start not in subject.states:
             continue
         await subject.place(start)
-        await refusal(subject.session().read_into(memoryview(bytearray(1))))
+        await refusal(subject.session().read_into([memoryview(bytearray(1))]))
         await subject.go(end)
         into = memoryview(bytearray(READ))
         try:
-            count = await subject.session().read_into(into)
+            count = await subject.session().read_into([into])
         except DeviceRefused:
             continue
         seen.append(f"after {start.name} -> {end.name}, a read gave {count} bytes")
@@ -411,10 +411,10 @@ async def closed_in_session(subject: StatesSubject) -> str:
         if state is State.RESUMING:
             await subject.write(half, (READ,))
         else:
-            await refusal(session.read_into(memoryview(bytearray(1))))
+            await refusal(session.read_into([memoryview(bytearray(1))]))
         await subject.access.aclose()  # with its data open
         try:
-            await session.read_into(memoryview(bytearray(1)))
+            await session.read_into([memoryview(bytearray(1))])
         except (DeviceLost, DeviceRefused):
             pass
         else:
@@ -441,7 +441,7 @@ async def precopy_end(subject: StatesSubject) -> None:
         into, total = memoryview(bytearray(READ)), 0
         while True:
             try:
-                count = await subject.session().read_into(into)
+                count = await subject.session().read_into([into])
             except DeviceRefused as refused:
                 if refused.errno != errno.ENOMSG:
                     seen.append(f"in {state.name}, a read was refused with {named(refused)} after {total} bytes")
@@ -463,7 +463,7 @@ async def stop_copy_end(subject: StatesSubject) -> None:
     into, total, ends = memoryview(bytearray(READ)), 0, 0
     while ends < 3:
         try:
-            count = await subject.session().read_into(into)
+            count = await subject.session().read_into([into])
         except DeviceRefused as refused:
             where = f"after {total} bytes" if not ends else "behind the end"
             raise Broken(f"a read was refused with {named(refused)} {where}") from refused

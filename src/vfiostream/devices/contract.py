@@ -155,10 +155,11 @@ class Device(Closing):
         """
 
     @abstractmethod
-    async def read(self, into: memoryview) -> int:
-        """Copy the next bytes of the capture or config to ``into`` (not empty); returns how many, 0 at its end. Fewer
-        than fit are no sign of the end. ``into`` is the device's while the call runs, and after a cancelled one it may
-        hold anything.
+    async def read(self, into: Sequence[memoryview]) -> int:
+        """Copy the next bytes of the capture or config to these views (at least one, none empty): each is filled before
+        the next gets any, and a device may leave all but the first alone. Returns how many bytes in all, 0 at its end.
+        Fewer than fit are no sign of the end. The views are the device's while the call runs, and after a cancelled one
+        they may hold anything.
         """
 
     @abstractmethod

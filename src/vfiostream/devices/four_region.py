@@ -11,6 +11,7 @@ whole because it is taken outside LOGGING, has been read.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Self, TypeAlias
 
@@ -135,13 +136,13 @@ class FourRegionDevice(BaseDevice):
                 reading.done += len(got)
             return got
 
-    async def read(self, into: memoryview) -> int:
+    async def read(self, into: Sequence[memoryview]) -> int:
         with self._calls.call("read"):
             reading = await self._fetched()
             if reading is None:
                 return 0
-            count = min(len(into), reading.fetched - reading.done)
-            await reading.region.read(reading.done % reading.region.size, into[:count])
+            count = min(len(into[0]), reading.fetched - reading.done)
+            await reading.region.read(reading.done % reading.region.size, into[0][:count])
             reading.done += count
             return count
 

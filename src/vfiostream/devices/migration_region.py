@@ -182,10 +182,10 @@ class MigrationRegionDevice(ReadableDevice[State]):
                 self._done += len(got)
             return got
 
-    async def read(self, into: memoryview) -> int:
+    async def read(self, into: Sequence[memoryview]) -> int:
         with self._calls.call("read"):
-            count = min(len(into), self._size - self._done)
-            await self._region.read(self._offset + self._done, into[:count])
+            count = min(len(into[0]), self._size - self._done)
+            await self._region.read(self._offset + self._done, into[0][:count])
             self._done += count
             return count
 

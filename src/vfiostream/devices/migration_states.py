@@ -178,11 +178,11 @@ class MigrationStatesDevice(ReadableDevice[State]):
         with self._calls.call("next"):
             return None if self._capturing else memoryview(b"")
 
-    async def read(self, into: memoryview) -> int:
+    async def read(self, into: Sequence[memoryview]) -> int:
         with self._calls.call("read"):
             if not self._capturing:
                 return 0
-            count = await self._read(into)
+            count = await self._read(self._of_this_round(into))
             self._due -= count
             if not count:
                 self._ended = self._state is State.STOP_COPY
@@ -190,9 +190,18 @@ class MigrationStatesDevice(ReadableDevice[State]):
             self._capturing = count > 0 and self._due >= 0
             return count
 
-    async def _read(self, into: memoryview) -> int:
+    def _of_this_round(self, into: Sequence[memoryview]) -> Sequence[memoryview]:
+        """Those of ``into`` that would be read, one at a time, before the round ends."""
+        room = 0
+        for count, view in enumerate(into):
+            if room > self._due:
+                return into[:count]
+            room += len(view)
+        return into
+
+    async def _read(self, into: Sequence[memoryview]) -> int:
         try:
-            with operation(self.name, f"read at most {len(into)} bytes of its state"):
+            with operation(self.name, f"read at most {sum(map(len, into))} bytes of its state"):
                 return await self._stream().read_into(into)
         except DeviceRefused as error:
             if error.errno == errno.ENOMSG and self._state in _PRE_COPY:

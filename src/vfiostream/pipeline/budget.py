@@ -80,7 +80,7 @@ class Budget:
         """
         if gives_way:
             await anyio.lowlevel.checkpoint()
-        charge = (self._chunk if self._is_chunk(size) else size + CHARGE) + more
+        charge = self._charge(size) + more
         if charge > self.limit:
             raise UsageError(f"{charge} bytes at once do not fit a budget of {self.limit}")
         if self._waiting or self.used + charge > self.limit:
@@ -99,6 +99,23 @@ class Budget:
             self._granted -= entry[1]
         else:
             self.used += charge
+        return self._lease(size, charge)
+
+    def take_left_over(self, size: int, more: int = 0) -> Lease | None:
+        """The same without waiting, for what one could do without: None where half of the limit would not be left, or
+        somebody waits.
+        """
+        charge = self._charge(size) + more
+        if self._waiting or self.used + charge > self.limit // 2:
+            return None
+        self.used += charge
+        return self._lease(size, charge)
+
+    def _charge(self, size: int) -> int:
+        return self._chunk if self._is_chunk(size) else size + CHARGE
+
+    def _lease(self, size: int, charge: int) -> Lease:
+        """``size`` bytes, that are charged already."""
         self.peak = max(self.peak, self.used)
         memory = self._memory(size)
         self._trim()

@@ -149,6 +149,10 @@ class Outbound:
         """Memory for ``size`` bytes of content; waits until the budget has it."""
         return await self.budget.take(size, bound(size) if self.compresses else 0, gives_way=gives_way)
 
+    def take_left_over(self, size: int) -> Lease | None:
+        """The same where the budget has it left over; None where not."""
+        return self.budget.take_left_over(size, bound(size) if self.compresses else 0)
+
     def put_bitmap(self, record: Bitmap, lease: Lease) -> None:
         """Put a bitmap in line; the lease is the line's from here on."""
         self._append(Outgoing(record, (lease.view,), len(lease.view), lease=lease))

@@ -41,6 +41,7 @@ from vfiostream.pipeline import describe, failure
 from vfiostream.pipeline.frames import part, read_reply
 from vfiostream.pipeline.outbound import Outbound
 from vfiostream.pipeline.progress import Downtime, Progress, Summary
+from vfiostream.pipeline.reading import Reading
 from vfiostream.pipeline.settings import Settings
 from vfiostream.policy import RoundReport, Verdict
 from vfiostream.protocol import limits
@@ -356,11 +357,16 @@ class Source:
     ) -> None:
         """Send a capture or the config; ``record`` makes the record of what begins at a position."""
         pos = 0
+        reading = Reading(device, self._line, self._session.chunk)
         while True:
             asked = monotonic()
             content = await device.next(self._session.chunk)
             if content is None:
-                count = await self._send_read(device, record(pos))
+                leases = await reading.read()
+                count = sum(len(lease.view) for lease in leases)
+                self._check_size(device, size, pos + count)
+                for at, lease in zip(range(pos, pos + count, self._session.chunk), leases, strict=True):
+                    self._line.put_read(record(at), lease)
             elif content:
                 self._line.driver.add(len(content), monotonic() - asked)
                 self._check_size(device, size, pos + len(content))
@@ -374,22 +380,8 @@ class Source:
                 break
             pos += count
             self._given[stream] += count
-            self._check_size(device, size, pos)
         if size is not None and pos != size:
             raise DeviceBroken(f"{device.name}: the device's state ends {size - pos} bytes before the size it told")
-
-    async def _send_read(self, device: Device, record: Memory | Config) -> int:
-        """Send the next bytes, which do not lie in memory; returns how many, 0 at the end."""
-        lease = await self._line.take(self._session.chunk)
-        asked = monotonic()
-        count = await device.read(lease.view)
-        if not count:
-            lease.release()
-            return 0
-        self._line.driver.add(count, monotonic() - asked)
-        lease.cut(count)
-        self._line.put_read(record, lease)
-        return count
 
     @staticmethod
     def _check_size(device: Device, size: int | None, end: int) -> None:

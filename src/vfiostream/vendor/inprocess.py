@@ -172,8 +172,23 @@ class _Data(MigrationData):
         self._driver = driver
         self._closed = False
 
-    async def read_into(self, into: memoryview) -> int:
-        return await self._do(f"a read of {len(into)} bytes of data", lambda: self._driver.read_data(into))
+    async def read_into(self, into: Sequence[memoryview]) -> int:
+        def read() -> int:
+            """One call of the driver after the other, as the kernel's readv does it."""
+            total = 0
+            for view in into:
+                try:
+                    count = self._driver.read_data(view)
+                except OSError:
+                    if not total:
+                        raise
+                    break
+                total += count
+                if count < len(view):
+                    break
+            return total
+
+        return await self._do(f"a read of {sum(map(len, into))} bytes of data", read)
 
     async def write(self, data: Buffer) -> None:
         await self._do(f"a write of {len(data)} bytes of data", lambda: self._driver.write_data(data))
