@@ -20,6 +20,7 @@ from tests.device_contract import (
     IOVA,
     PAGE,
     Opener,
+    SettingsContract,
     SizedContract,
     drain,
     driver,
@@ -61,7 +62,7 @@ CONTROL, CONFIG, MEMORY, BITMAP, VERSION = 9, 10, 11, 12, 13
 ORDERS: tuple[Order, ...] = ("session", "posted")
 
 
-class FourRegionContract(SizedContract):
+class FourRegionContract(SizedContract, SettingsContract):
     interface = "four-region"
 
     @pytest.mark.parametrize("layout", ["natural", "packed"])

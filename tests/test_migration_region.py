@@ -15,7 +15,7 @@ from tests.between import Between
 from tests.device_contract import (
     PAGE,
     Opener,
-    ReadableContract,
+    ReadableSettingsContract,
     Saved,
     SizedContract,
     drain,
@@ -46,11 +46,11 @@ pytestmark = pytest.mark.anyio
 REGION = 9
 
 
-class RegionContract(SizedContract, ReadableContract):
+class RegionContract(SizedContract, ReadableSettingsContract):
     interface = "migration-region"
     numbers: ClassVar = {"running": 1, "stopped": 0, "stopped and saving": 2, "loading": 4}
 
-    def tell(self, one: ReferenceDevice, state: int) -> None:
+    def tell(self, one: Any, state: int) -> None:
         one.write(REGION, 0, struct.pack("<I", state))
 
 

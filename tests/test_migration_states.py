@@ -15,7 +15,7 @@ from tests.between import Between, DataBetween, T
 from tests.device_contract import (
     PAGE,
     Opener,
-    ReadableContract,
+    ReadableSettingsContract,
     Saved,
     drain,
     driver,
@@ -51,7 +51,7 @@ ENOMSG = errno.ENOMSG
 ALL = ("stop-copy", "p2p", "pre-copy")
 
 
-class StatesContract(ReadableContract):
+class StatesContract(ReadableSettingsContract):
     interface = "migration-states"
     numbers: ClassVar = {
         "running": State.RUNNING,
@@ -60,7 +60,7 @@ class StatesContract(ReadableContract):
         "loading": State.RESUMING,
     }
 
-    def tell(self, one: ReferenceDevice, state: int) -> None:
+    def tell(self, one: Any, state: int) -> None:
         one.driver.set_migration_state(state)
 
     async def test_a_capture_with_a_size_is_refused(self, opened: Opener) -> None:

@@ -8,24 +8,19 @@ import struct
 import pytest
 
 from tests.kernel.conftest import MakeHolder, MakeMdev
-from tests.kernel.raw_vfio import FEATURE_GET, FEATURE_SET, Info, RawDevice
+from tests.kernel.mtty_device import (
+    MIGRATION,
+    RESUMING,
+    RUNNING,
+    SCRATCH,
+    STOP,
+    STOP_COPY,
+    get_state,
+    set_state,
+)
+from tests.kernel.raw_vfio import FEATURE_GET, Info, RawDevice
 
-MIGRATION = 1
-MIG_DEVICE_STATE = 2
-STOP, RUNNING, STOP_COPY, RESUMING = 1, 2, 3, 4
 BAR0 = 0
-
-
-def set_state(device: RawDevice, state: int) -> int:
-    """Returns the data file descriptor, -1 if there is no new one."""
-    payload = struct.pack("<Ii", state, -1)
-    fd: int = struct.unpack("<Ii", device.feature(MIG_DEVICE_STATE, FEATURE_SET, payload))[1]
-    return fd
-
-
-def get_state(device: RawDevice) -> int:
-    state: int = struct.unpack("<Ii", device.feature(MIG_DEVICE_STATE, FEATURE_GET, bytes(8)))[0]
-    return state
 
 
 @pytest.mark.parametrize("together", [True, False], ids=["one holder", "two holders"])
@@ -35,7 +30,7 @@ def test_state_moves_from_one_device_to_another(mdev: MakeMdev, holder: MakeHold
     target = (first if together else holder()).open(mdev("mtty-2"))
     assert struct.unpack("<Q", source.feature(MIGRATION, FEATURE_GET, bytes(8))) == (7,)
     bar = source.info(BAR0)
-    source.write(bar, 7, b"\x5a")  # the scratch register of a serial port
+    source.write(bar, SCRATCH, b"\x5a")  # the scratch register of a serial port
     assert scratch(target, bar) != 0x5A
 
     out = set_state(source, STOP_COPY)
@@ -53,4 +48,4 @@ def test_state_moves_from_one_device_to_another(mdev: MakeMdev, holder: MakeHold
 
 
 def scratch(device: RawDevice, bar: Info) -> int:
-    return device.read(bar, 7, 1)[0]
+    return device.read(bar, SCRATCH, 1)[0]
