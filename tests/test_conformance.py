@@ -361,6 +361,20 @@ def test_the_command_finds_a_fault(tmp_path: Path) -> None:
         )
 
 
+def test_each_opening_has_a_record_of_its_own(tmp_path: Path) -> None:
+    record = tmp_path / "record"
+    with device(tmp_path / "one", "--interface", "migration-states", *SMALL_OPTIONS) as one:
+        ended = run_program("conformance", one, "--yes", "--record", record)
+        assert ended.code == Exit.DONE, ended
+    files = list(tmp_path.glob("record*"))
+    assert len(files) > 2
+    assert {file.name for file in files} == {"record", *(f"record.{n}" for n in range(2, len(files) + 1))}
+    for file in files:
+        shown = run_program("record", "show", file)
+        assert shown.code == Exit.DONE, shown
+        assert one in shown.output
+
+
 def test_the_command_for_people(tmp_path: Path) -> None:
     options = ("--interface", "four-region", "--fault", "get-version:3:EIO", *SMALL_OPTIONS)
     with device(tmp_path / "one", *options) as one:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
-from functools import partial
+from dataclasses import replace
+from itertools import count
 from typing import Any, BinaryIO
 
 import click
@@ -12,6 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from vfiostream.access import open_access
+from vfiostream.access.contract import Access
+from vfiostream.access.record import Recording
 from vfiostream.cli import options
 from vfiostream.cli.exits import Exit
 from vfiostream.cli.report import Result, table_lines
@@ -47,6 +51,7 @@ from vfiostream.errors import UsageError
     help="How long the check of one rule may take.",
 )
 @options.device_timeout
+@options.recordings
 @options.answers
 def conformance(
     device: str,
@@ -55,6 +60,7 @@ def conformance(
     path: str | None,
     check_timeout: float,
     device_timeout: float,
+    recordings: options.Recordings,
     output: Output,
 ) -> Exit:
     """Check DEVICE against the rules of its interface of migration, for the author of its driver.
@@ -62,6 +68,8 @@ def conformance(
     Never run it on a device in use. It saves and loads its state, loads streams that are cut, damaged and reordered,
     asks for what its interface forbids, resets it over and over, and leaves it running and reset: whatever a guest
     had there is lost. So it wants --yes, and opens the device as its only user.
+
+    The device is opened several times: with --record FILE, the first is in FILE, the next in FILE.2 and so on.
 
     docs/conformance.md lists the rules. Exit code 8 where one is broken, or the device can't be brought back after a
     check; a rule that can't be tested on this device is none.
@@ -72,6 +80,11 @@ def conformance(
         )
     if target == device:
         raise UsageError(f"{device} is its own target where none is given: leave --target away, or name another")
+
+    opens, *opens_target = (
+        _opener(address, recording, device_timeout)
+        for address, recording in recordings.of(device, *([] if target is None else [target]))
+    )
 
     with ExitStack() as stack:
         file = None if path is None else stack.enter_context(_opened(path))
@@ -88,8 +101,8 @@ def conformance(
 
             try:
                 await check_rules(
-                    partial(open_access, device, timeout=device_timeout),
-                    None if target is None else partial(open_access, target, timeout=device_timeout),
+                    opens,
+                    opens_target[0] if opens_target else None,
                     limit=check_timeout,
                     begin=begin,
                     done=done,
@@ -101,6 +114,19 @@ def conformance(
             run.result = Result(_document(report), _lines(report), Exit.DONE if report.passed else Exit.BROKEN)
 
         return carry_out(work, output, cancelled=f"{device} was reset, as far as it let itself be")
+
+
+def _opener(address: str, recording: Recording | None, timeout: float) -> Callable[[], Awaitable[Access]]:
+    """What opens the device, again and again: each time has a record of its own."""
+    numbers = count(1)
+
+    async def opened() -> Access:
+        number, here = next(numbers), recording
+        if recording is not None and number > 1:
+            here = replace(recording, path=recording.path.with_name(f"{recording.path.name}.{number}"))
+        return await open_access(address, timeout=timeout, recording=here)
+
+    return opened
 
 
 def _opened(path: str) -> BinaryIO:
