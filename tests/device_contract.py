@@ -702,70 +702,6 @@ class DeviceContract:
 
     # ---- order of calls
 
-    @pytest.mark.parametrize(
-        ("before", "in_order"),
-        [
-            ([], {"start_precopy", "resume", "start_load", "abandon"}),
-            (["start_precopy"], {"begin_round", "capture", "next", "read", "pending", "quiesce", "resume"}),
-            (["start_precopy", "quiesce"], {"quiesce", "stop", "resume"}),
-            (
-                ["start_precopy", "halt"],
-                {"begin_round", "capture", "next", "read", "merge_dirty", "capture_config", "release", "quiesce"}
-                | {"resume"},
-            ),
-            (["start_precopy", "halt", "release"], {"quiesce", "resume"}),
-            (["start_precopy", "halt", "quiesce"], {"quiesce", "resume"}),
-            (["start_precopy", "halt", "resume"], {"start_precopy", "resume", "start_load", "abandon"}),
-            (["start_load"], {"begin_capture", "begin_config", "load_pci_config", "finish_load", "room", "abandon"}),
-            (["load"], {"quiesce", "run", "abandon"}),
-            (["load", "quiesce"], {"run", "abandon"}),
-            (["load", "run"], {"abandon"}),
-            (["start_load", "abandon"], {"abandon"}),
-        ],
-    )
-    async def test_calls_out_of_order_are_refused_and_do_nothing(
-        self, opened: Opener, before: list[str], in_order: set[str]
-    ) -> None:
-        arguments: dict[str, tuple[Any, ...]] = {
-            "next": (10,),
-            "read": ([memoryview(bytearray(10))],),
-            "merge_dirty": (IOVA, 0, memoryview(b"")),
-            "begin_capture": (0,),
-            "begin_config": (10,),
-            "write": (b"data",),
-            "room": (10,),
-            "fill": (10,),
-        }
-        source = ("start_precopy", "begin_round", "capture", "pending", "quiesce", "stop", "capture_config", "release")
-        target = ("resume", "start_load", "deliver", "finish_load", "run", "abandon")
-        with self.driver(seed=7) as model, self.driver() as one:
-            async with opened(model) as device:
-                saved = await save(device, model, rounds=0)
-            for name in (*source, *target, *arguments, "load_pci_config"):
-                if name == "merge_dirty" and before == ["start_precopy"]:
-                    continue  # from when on it is in order is the device's choice
-                one.reset()
-                async with opened(one) as device:
-                    if name == "load_pci_config":
-                        arguments[name] = (await device.read_pci_config(),)
-                    for earlier in before:
-                        if earlier == "load":
-                            await load(device, saved)
-                        elif earlier == "halt":
-                            await halt(device)
-                        else:
-                            await getattr(device, earlier)(*arguments.get(earlier, ()))
-                    as_it_was = state(one), one.digest()
-                    try:
-                        await called(device, name, *arguments.get(name, ()))
-                    except LocalProtocolError:
-                        assert name not in in_order
-                        assert (state(one), one.digest()) == as_it_was
-                    except VfiostreamError:
-                        assert name in in_order  # what it was asked for it can't do, or has not got
-                    else:
-                        assert name in in_order
-
     @pytest.mark.parametrize("call", ["begin_round", "capture"])
     async def test_a_capture_is_read_to_its_end_before_the_next(self, opened: Opener, call: str) -> None:
         with self.driver() as one:
@@ -992,7 +928,9 @@ class MemoryContract(DeviceContract):
 
 
 class SettingsContract(MemoryContract):
-    """What is to be added where a driver has whatever settings a test asks for."""
+    """What is to be added where a driver is of this process: it has whatever settings a test asks for, and is quickly
+    opened some hundred times to see what is our own doing alone.
+    """
 
     @pytest.mark.parametrize(
         ("here", "there"),
@@ -1030,6 +968,70 @@ class SettingsContract(MemoryContract):
             write_cuts=write_cuts,
             how=how,
         )
+
+    @pytest.mark.parametrize(
+        ("before", "in_order"),
+        [
+            ([], {"start_precopy", "resume", "start_load", "abandon"}),
+            (["start_precopy"], {"begin_round", "capture", "next", "read", "pending", "quiesce", "resume"}),
+            (["start_precopy", "quiesce"], {"quiesce", "stop", "resume"}),
+            (
+                ["start_precopy", "halt"],
+                {"begin_round", "capture", "next", "read", "merge_dirty", "capture_config", "release", "quiesce"}
+                | {"resume"},
+            ),
+            (["start_precopy", "halt", "release"], {"quiesce", "resume"}),
+            (["start_precopy", "halt", "quiesce"], {"quiesce", "resume"}),
+            (["start_precopy", "halt", "resume"], {"start_precopy", "resume", "start_load", "abandon"}),
+            (["start_load"], {"begin_capture", "begin_config", "load_pci_config", "finish_load", "room", "abandon"}),
+            (["load"], {"quiesce", "run", "abandon"}),
+            (["load", "quiesce"], {"run", "abandon"}),
+            (["load", "run"], {"abandon"}),
+            (["start_load", "abandon"], {"abandon"}),
+        ],
+    )
+    async def test_calls_out_of_order_are_refused_and_do_nothing(
+        self, opened: Opener, before: list[str], in_order: set[str]
+    ) -> None:
+        arguments: dict[str, tuple[Any, ...]] = {
+            "next": (10,),
+            "read": ([memoryview(bytearray(10))],),
+            "merge_dirty": (IOVA, 0, memoryview(b"")),
+            "begin_capture": (0,),
+            "begin_config": (10,),
+            "write": (b"data",),
+            "room": (10,),
+            "fill": (10,),
+        }
+        source = ("start_precopy", "begin_round", "capture", "pending", "quiesce", "stop", "capture_config", "release")
+        target = ("resume", "start_load", "deliver", "finish_load", "run", "abandon")
+        with self.driver(seed=7) as model, self.driver() as one:
+            async with opened(model) as device:
+                saved = await save(device, model, rounds=0)
+            for name in (*source, *target, *arguments, "load_pci_config"):
+                if name == "merge_dirty" and before == ["start_precopy"]:
+                    continue  # from when on it is in order is the device's choice
+                one.reset()
+                async with opened(one) as device:
+                    if name == "load_pci_config":
+                        arguments[name] = (await device.read_pci_config(),)
+                    for earlier in before:
+                        if earlier == "load":
+                            await load(device, saved)
+                        elif earlier == "halt":
+                            await halt(device)
+                        else:
+                            await getattr(device, earlier)(*arguments.get(earlier, ()))
+                    as_it_was = state(one), one.digest()
+                    try:
+                        await called(device, name, *arguments.get(name, ()))
+                    except LocalProtocolError:
+                        assert name not in in_order
+                        assert (state(one), one.digest()) == as_it_was
+                    except VfiostreamError:
+                        assert name in in_order  # what it was asked for it can't do, or has not got
+                    else:
+                        assert name in in_order
 
 
 class SizedContract(DeviceContract):

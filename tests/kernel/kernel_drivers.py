@@ -22,7 +22,7 @@ from tests.device_contract import PAGE, Opener, as_it_is
 from tests.kernel import four_region_device, mtty_device
 from tests.kernel.four_region_device import MEMORY_BAR, REGISTERS, FourRegion, Kick, Register
 from tests.kernel.mdev import Mdev
-from tests.kernel.raw_vfio import DEVICE_RESET, GROUP_GET_DEVICE_FD, Iommufd, RawDevice
+from tests.kernel.raw_vfio import DEVICE_RESET, GROUP_GET_DEVICE_FD, RawDevice, Type1
 from vfiostream.access import kernel as kernel_access
 from vfiostream.access.contract import Access
 from vfiostream.access.kernel_calls import Kernel
@@ -77,7 +77,7 @@ class KernelDriver(ABC):
         if self._open is not None:
             yield self._open
             return
-        holder = Iommufd()
+        holder = Type1()
         try:
             self._open = holder.open(self.mdev)
             yield self._open
