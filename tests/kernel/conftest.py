@@ -14,6 +14,32 @@ from tests.kernel import mdev as mdevs, raw_vfio
 if os.environ.get("VFIOSTREAM_IN_KERNEL") != "1":  # tests/conftest.py tells the user how to run them
     collect_ignore_glob = ["test_*.py"]
 
+THOROUGH = (
+    # What the library does by itself; on reference devices, scripts/test has it on all loops.
+    "test_calls_out_of_order_are_refused_and_do_nothing",
+    "test_what_ends_a_session_can_be_done_again",
+    "test_whatever_happens_they_never_both_run",
+)
+THOROUGH_BUT_ON_ASYNCIO = (
+    # Each takes seconds, and is about the drivers.
+    "test_what_the_kernels_sample_breaks",
+    "test_our_driver_keeps_all_rules",
+    "test_a_busy_four_region_device_moves_with_its_guest_memory",
+    "test_devices_of_two_interfaces_move_together",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "thorough: takes long, and is not run unless it is asked for: -m ''")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        name, _, case = item.name.partition("[")
+        if name in THOROUGH or (name in THOROUGH_BUT_ON_ASYNCIO and ("trio" in case or "uvloop" in case)):
+            item.add_marker("thorough")
+
+
 MakeMdev: TypeAlias = Callable[[str], mdevs.Mdev]
 MakeHolder: TypeAlias = Callable[[], raw_vfio.Holder]
 
