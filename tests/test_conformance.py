@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import itertools
 import json
-import logging
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -321,15 +320,6 @@ def test_junit() -> None:
 # ---- the command
 
 
-@pytest.fixture
-def _log_level() -> Iterator[None]:
-    """A command run in this process sets it."""
-    logger = logging.getLogger("vfiostream")
-    level = logger.level
-    yield
-    logger.setLevel(level)
-
-
 def test_the_command_finds_a_fault(tmp_path: Path) -> None:
     path = tmp_path / "report.xml"
     # What the driver refuses the second time is no change of state that ends a stream: only one arc is missing.
@@ -384,7 +374,6 @@ def test_the_command_for_people(tmp_path: Path) -> None:
     assert "\n  rule    The interface has version 1, in every state.\n  source  operation 1" in ended.output
 
 
-@pytest.mark.usefixtures("_log_level")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -399,7 +388,6 @@ def test_what_the_command_refuses(capsys: pytest.CaptureFixture[str], arguments:
     assert message in json.loads(capsys.readouterr().out)["message"]
 
 
-@pytest.mark.usefixtures("_log_level")
 def test_a_device_that_is_not_there(tmp_path: Path) -> None:
     path = tmp_path / "report.xml"
     assert main(["conformance", f"vfio-user:{tmp_path}/none", "--yes", "--junit", str(path)]) == Exit.FAILED
