@@ -24,6 +24,7 @@ from vfiostream.cli.values import (
 from vfiostream.pipeline.budget import Budget
 from vfiostream.pipeline.settings import Settings
 from vfiostream.policy import Precopy
+from vfiostream.transports.credentials import Credentials
 
 Command = Callable[..., Any]
 Decorator = Callable[[Command], Command]
@@ -209,6 +210,43 @@ def recordings(command: Command) -> Command:
         if payloads and not files:
             raise click.UsageError("--record-payloads says how to record, and nothing is recorded: add --record FILE")
         return command(recordings=Recordings(files, payloads), **rest)
+
+    return wrapped
+
+
+def credentials(command: Command) -> Command:
+    """Who we are on an encrypted link and whom we believe, as ``credentials``; None where no option says so."""
+
+    def file(name: str, parameter: str, text: str) -> Decorator:
+        return click.option(name, parameter, type=click.Path(path_type=Path), metavar="FILE", help=text)
+
+    @file("--cert", "cert", "Our certificate (PEM), for tls: and quic:. `vfiostream cert` makes what both ends need.")
+    @file("--key", "key", "The private key of our certificate (PEM).")
+    @file("--ca", "ca", "Believe certificates of this CA (PEM) that have the name of the other end in them.")
+    @click.option(
+        "--peer-fingerprint", "fingerprints", metavar="HEX", multiple=True,
+        help="Believe the certificate with this SHA-256 fingerprint, whatever its name. May be repeated.",
+    )  # fmt: skip
+    @click.option(
+        "--peer-name", metavar="NAME",
+        help="The name that a certificate of the CA must have.  [default: the host connected to; any, of a sender]",
+    )  # fmt: skip
+    @functools.wraps(command)
+    def wrapped(
+        *,
+        cert: Path | None,
+        key: Path | None,
+        ca: Path | None,
+        fingerprints: tuple[str, ...],
+        peer_name: str | None,
+        **rest: Any,
+    ) -> Any:
+        made = None
+        if any((cert, key, ca, fingerprints, peer_name)):
+            if cert is None or key is None:
+                raise click.UsageError("both ends of an encrypted link show a certificate: add --cert and --key")
+            made = Credentials(cert, key, ca, fingerprints, peer_name)
+        return command(credentials=made, **rest)
 
     return wrapped
 
