@@ -1,4 +1,4 @@
-"""Transports by address: ``tcp:HOST:PORT``, ``unix:PATH``, ``file:PATH``.
+"""Transports by address: ``tcp:HOST:PORT``, ``tls:HOST:PORT``, ``unix:PATH``, ``file:PATH``.
 
 The module of a scheme is imported when an address names it, so nobody pays for a transport he does not use. Such a
 module has ``connect(address, options)`` and ``listen(address, options)``, both async context managers, which get the
@@ -18,9 +18,14 @@ from vfiostream.transports.options import Options
 
 _SCHEMES = {
     "tcp": ("tcp:HOST:PORT", "vfiostream.transports.stream"),
+    "tls": ("tls:HOST:PORT", "vfiostream.transports.tls"),
     "unix": ("unix:PATH", "vfiostream.transports.stream"),
     "file": ("file:PATH", "vfiostream.transports.file"),
 }
+
+
+_EXTRAS = frozenset({"tls"})
+"""Schemes that need more than vfiostream does; the extra has the scheme's name."""
 
 
 class _SchemeModule(Protocol):
@@ -34,7 +39,14 @@ def _module_of(address: str) -> _SchemeModule:
     if scheme not in _SCHEMES or not rest or "\0" in rest:
         known = ", ".join(form for form, _ in _SCHEMES.values())
         raise UsageError(f"{address!r} is not an address; write one of {known}")
-    return cast(_SchemeModule, importlib.import_module(_SCHEMES[scheme][1]))
+    try:
+        return cast(_SchemeModule, importlib.import_module(_SCHEMES[scheme][1]))
+    except ModuleNotFoundError as error:
+        if scheme not in _EXTRAS:
+            raise
+        raise UsageError(
+            f"{address}: this needs {error.name}, which is not installed; install vfiostream[{scheme}]"
+        ) from error
 
 
 @asynccontextmanager
