@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import re
-import socket
-import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
-import anyio
 import pytest
 
 from tests.certificates import issued, written
-from tests.transport_contract import LinkContract, receive_all, receive_exactly, send_all, time_limit
-from vfiostream.errors import ConnectionLost, PeerRefused, TransportError, UsageError
-from vfiostream.transports import connect, listen, tls
-from vfiostream.transports.contract import Listener, Transport
+from tests.transport_contract import LinkContract
+from vfiostream.transports import connect, listen
+from vfiostream.transports.contract import Transport
 from vfiostream.transports.credentials import Credentials
 from vfiostream.transports.options import Options
 

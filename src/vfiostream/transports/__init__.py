@@ -24,14 +24,15 @@ _SCHEMES = {
 }
 
 
-_EXTRAS = frozenset({"tls"})
-"""Schemes that need more than vfiostream does; the extra has the scheme's name."""
-
-
 class _SchemeModule(Protocol):
     def connect(self, address: str, options: Options) -> AbstractAsyncContextManager[Transport]: ...
 
     def listen(self, address: str, options: Options) -> AbstractAsyncContextManager[Listener]: ...
+
+
+def missing(error: ModuleNotFoundError, what: str, extra: str) -> UsageError:
+    """What to raise where ``what`` needs a package that comes with an ``extra`` only."""
+    return UsageError(f"{what}: this needs {error.name}, which is not installed; install vfiostream[{extra}]")
 
 
 def _module_of(address: str) -> _SchemeModule:
@@ -42,11 +43,7 @@ def _module_of(address: str) -> _SchemeModule:
     try:
         return cast(_SchemeModule, importlib.import_module(_SCHEMES[scheme][1]))
     except ModuleNotFoundError as error:
-        if scheme not in _EXTRAS:
-            raise
-        raise UsageError(
-            f"{address}: this needs {error.name}, which is not installed; install vfiostream[{scheme}]"
-        ) from error
+        raise missing(error, address, scheme) from error
 
 
 @asynccontextmanager
