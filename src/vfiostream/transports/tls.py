@@ -54,6 +54,7 @@ WAITING = 64
 """Believed senders that may wait to be accepted."""
 MAX_FILE = 1 << 20
 """Bytes that a file with certificates or a key may have."""
+GREETING = "greeting"
 RECORD = 16384
 """Bytes of content in a record at most (RFC 8446, 5.1)."""
 SEALED = RECORD + 512
@@ -150,7 +151,7 @@ def _names(certificate: x509.Certificate) -> str:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except (x509.ExtensionNotFound, ValueError):
         return "nobody"
-    return ", ".join(str(name.value) for name in names)
+    return ", ".join(str(name.value) for name in names) or "nobody"
 
 
 # ---- what the files say
@@ -222,9 +223,9 @@ class _Trouble:
         _, is_alert, alert = reason.partition(" alert ")
         if is_alert:
             return PeerRefused(f"{self._address}: {self._told(alert)}")
-        if any(text in reason for text in _OLDER):
+        if doing == GREETING and reason in _OLDER:
             return PeerRefused(f"{self._address}: the other end does not speak TLS 1.3; use a newer one there")
-        if any(text in reason for text in _PLAIN):
+        if doing == GREETING and reason in _PLAIN:
             return PeerRefused(f"{self._address}: what comes from the other end is not TLS; let both ends use tls:")
         return TransportError(f"{self._address}: {doing} failed in TLS ({reason}); start over on a new connection")
 
@@ -237,6 +238,8 @@ class _Trouble:
                 return f"the other end does not know the CA of our certificate; name it there (--ca), or pin {cert}"
             case "protocol version" | "handshake failure" | "insufficient security":
                 return f"the other end can't agree with us on TLS 1.3 ({alert}); use a newer one there"
+            case "internal error":  # OpenSSL's alert where the objection is not its own, but ours: name or fingerprint
+                return f"the other end does not believe our certificate; see there why, and let it know that in {cert}"
             case _ if "certificate" in alert or alert in ("access denied", "decrypt error"):
                 return (
                     f"the other end does not believe our certificate ({alert}); see there why, and let it know the "
@@ -296,7 +299,7 @@ async def _handshake(
         except SSL.Error as error:
             if _reason(error) in _REFUSED_BY_US:
                 raise PeerRefused(f"{address}: {judge.problem}") from error
-            raise trouble.of(error, "greeting") from error
+            raise trouble.of(error, GREETING) from error
     except BaseException:
         sock.close()
         raise
