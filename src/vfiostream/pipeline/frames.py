@@ -199,8 +199,8 @@ async def read_reply(transport: Transport, session: SourceSession) -> Record | N
 
 async def part(transport: Transport, last_words: Sequence[Buffer] = ()) -> None:
     """Say ``last_words`` (a frame) and that nothing more comes, then read and forget what still does: a link that is
-    closed with unread bytes is reset, and the peer then never reads what we said last. Takes ``transport.linger`` seconds
-    at most, and raises nothing: what can't be said is only logged.
+    closed with unread bytes is reset, and the peer then never reads what we said last. Takes ``transport.linger``
+    seconds at most, and raises nothing: what can't be said is only logged.
     """
     scrap = memoryview(bytearray(64 * 1024))
     with anyio.move_on_after(transport.linger):

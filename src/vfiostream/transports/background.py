@@ -45,8 +45,8 @@ class Background:
 
 @asynccontextmanager
 async def background(*work: Callable[[], Awaitable[None]]) -> AsyncIterator[Background]:
-    """Tasks for as long as the body runs: each of ``work``, and what it starts itself. They are shielded from whoever cancels the body, which may still have to send
-    last words. What the body raises is raised as it is, in no group.
+    """Tasks for as long as the body runs: each of ``work``, and what it starts itself. They are shielded from whoever
+    cancels the body, which may still have to send last words. What the body raises is raised as it is, in no group.
     """
     failure: BaseException | None = None
     try:

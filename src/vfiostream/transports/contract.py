@@ -62,10 +62,10 @@ class Transport(Closing):
     @abstractmethod
     async def finish(self) -> None:
         """Say that nothing more will be sent; returns when it has left this process, and where the transport itself
-        sends lost bytes again, when the peer has everything. On a link, the peer's ``receive`` then returns 0. For a file, everything
-        is durable (file and folder synced) and has its final name when this returns, and not before; where it raises,
-        the name is not given, or is taken back; if it can't be, the error says that the file is there. A ``send`` or
-        ``finish`` after it raises :class:`~vfiostream.errors.LocalProtocolError`.
+        sends lost bytes again, when the peer has everything. On a link, the peer's ``receive`` then returns 0. For a
+        file, everything is durable (file and folder synced) and has its final name when this returns, and not before;
+        where it raises, the name is not given, or is taken back; if it can't be, the error says that the file is there.
+        A ``send`` or ``finish`` after it raises :class:`~vfiostream.errors.LocalProtocolError`.
         """
 
     @abstractmethod
