@@ -23,7 +23,7 @@ from tests.movers import Machine, machines
 from tests.transport_contract import MIB, NOISE, LinkContract, receive_exactly, time_limit
 from vfiostream.errors import ConnectionLost, PeerRefused, StreamError, TransportError, UsageError, VfiostreamError
 from vfiostream.migrate import receive, send
-from vfiostream.transports import connect, listen, tls
+from vfiostream.transports import connect, listen, tls, tls_trust
 from vfiostream.transports.contract import Listener, Transport
 from vfiostream.transports.credentials import Credentials
 from vfiostream.transports.options import Options
@@ -409,7 +409,7 @@ def test_a_fingerprint_is_read_as_people_write_it(tmp_path: Path) -> None:
         ("cert.pem", b"junk", "cert.pem: this is not a certificate in PEM"),
         ("key.pem", b"junk", "key.pem: this is not a private key in PEM"),
         ("ca.pem", b"junk", "ca.pem: this is not the certificate of a CA in PEM"),
-        ("cert.pem", bytes(tls.MAX_FILE + 1), "has at most 1048576 bytes"),
+        ("cert.pem", bytes(tls_trust.MAX_FILE + 1), "has at most 1048576 bytes"),
         ("key.pem", issued("other").key_file, "is not the key of the certificate in"),
         (
             "key.pem",

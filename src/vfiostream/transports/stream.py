@@ -28,6 +28,8 @@ from vfiostream.transports.polled import PolledTransport
 
 logger = logging.getLogger("vfiostream.transport")
 
+OPTIONS = frozenset({"plain"})
+
 KEEPALIVE_IDLE = 10
 """Seconds without a sign of life after which the kernel asks the peer for one."""
 KEEPALIVE_INTERVAL = 5
@@ -152,7 +154,6 @@ class SocketListener(Listener):
 @asynccontextmanager
 async def connect(address: str, options: Options) -> AsyncIterator[Transport]:
     """Connect to whoever listens at ``address``; of a host with several addresses, the first that answers."""
-    options.only(address)
     try:
         with anyio.fail_after(options.timeout):
             sock = await connect_socket(address)
@@ -215,7 +216,8 @@ async def listen(address: str, options: Options) -> AsyncIterator[Listener]:
     A UNIX socket that nobody listens on any more is replaced. Only its owner may connect to the new one. To a TCP port
     everybody may: so it has to be one of the loopback, unless ``options.plain`` says that the network is trusted.
     """
-    options.only(address, "plain")
+    if address.startswith("unix:"):
+        options.only(address)
     async with await listen_socket(address, trusted=options.plain) as listener:
         yield listener
 
