@@ -47,6 +47,7 @@ from vfiostream.errors import (
     TransportError,
 )
 from vfiostream.pipeline import frames, outbound
+from vfiostream.pipeline.bandwidth import Bandwidth
 from vfiostream.pipeline.progress import Summary
 from vfiostream.policy import RoundReport, Verdict
 from vfiostream.uapi.four_region import State
@@ -592,7 +593,7 @@ async def test_row_21_what_the_source_s_own_driver_takes_does_not_count() -> Non
 
 async def test_row_21_a_slow_link_is_not_one_that_hangs() -> None:
     async with world() as made:
-        slow = replace(HASTY, max_bandwidth=2 * 64 * 1024 / HASTY.patience)
+        slow = replace(HASTY, bandwidth=Bandwidth(switchover=2 * 64 * 1024 / HASTY.patience))
 
         class DirtyAtTheEnd:
             """As good as everything is sent twice, the second time with the source stopped."""

@@ -31,7 +31,7 @@ _file = click.argument("file", type=option_type(parse_file_address))
 @_file
 @options.guest_memory
 @options.policy
-@options.settings("max_bandwidth", "chunk", "budget", compression=0)
+@options.settings("bandwidth", "chunk", "budget", compression=0)
 @options.order
 @options.device_timeout
 @options.recordings

@@ -22,7 +22,7 @@ from vfiostream.policy import Precopy
 @click.argument("destination", type=option_type(parse_link_address))
 @options.guest_memory
 @options.policy
-@options.settings("max_bandwidth", "chunk", "budget", "patience", compression=0)
+@options.settings("bandwidth", "chunk", "budget", "patience", compression=0)
 @options.order
 @options.device_timeout
 @options.recordings
