@@ -193,6 +193,9 @@ class Outbound:
 
     def put_read(self, record: Memory | Config, lease: Lease) -> None:
         """Put content in line that a driver wrote to ``lease``, which is the line's from here on."""
+        if _accel.is_zero(lease.view):
+            self.put_copied(record, lease, None)
+            return
         size = len(lease.view)
         self._count(size)
         self._put_leased(Outgoing(record, (lease.view,), size, 0, None, lease, self.choices.choose(size)))
