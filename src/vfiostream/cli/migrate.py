@@ -6,6 +6,7 @@ import click
 
 from vfiostream import migrate, transports
 from vfiostream.cli import options
+from vfiostream.cli.control import answer_at
 from vfiostream.cli.exits import Exit
 from vfiostream.cli.run import Output, Run, carry_out
 from vfiostream.cli.summary import moved
@@ -26,6 +27,7 @@ from vfiostream.policy import Precopy
 @options.order
 @options.device_timeout
 @options.recordings
+@options.control
 @options.progress
 def send(
     device: str,
@@ -36,6 +38,7 @@ def send(
     order: Order,
     device_timeout: float,
     recordings: options.Recordings,
+    control: str | None,
     output: Output,
 ) -> Exit:
     """Move DEVICE to whoever receives at DESTINATION.
@@ -48,6 +51,7 @@ def send(
     ((_, recording),) = recordings.of(device)
 
     async def work(run: Run) -> None:
+        await answer_at(run, control, settings.bandwidth)
         run.follow()
         with Guest.open(memory) as guest:
             async with await open_device(device, order=order, timeout=device_timeout, recording=recording) as opened:
@@ -68,6 +72,7 @@ def send(
 @options.settings("chunk", "budget", "patience")
 @options.device_timeout
 @options.recordings
+@options.control
 @options.progress
 def receive(
     source: str,
@@ -76,6 +81,7 @@ def receive(
     settings: Settings,
     device_timeout: float,
     recordings: options.Recordings,
+    control: str | None,
     output: Output,
 ) -> Exit:
     """Take the device that is sent to SOURCE into DEVICE, and let it run.
@@ -88,6 +94,7 @@ def receive(
     ((_, recording),) = recordings.of(device)
 
     async def work(run: Run) -> None:
+        await answer_at(run, control)
         with Guest.open(memory) as guest:
             async with await open_device(device, timeout=device_timeout, recording=recording) as opened:
                 async with transports.listen(source) as listener:

@@ -102,6 +102,14 @@ def progress(command: Command) -> Command:
     return wrapped
 
 
+def control(command: Command) -> Command:
+    """``--control``, as ``control``: the path of a socket, or None."""
+    option = click.option(
+        "--control", metavar="PATH", help="Answer `vfiostream control PATH` at this UNIX socket while it runs."
+    )
+    return option(command)
+
+
 def guest_memory(command: Command) -> Command:
     """``--guest-memory``, as ``memory`` (:data:`GuestFiles`)."""
     option = click.option(
