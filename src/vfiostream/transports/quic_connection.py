@@ -68,8 +68,9 @@ class Kind(enum.IntEnum):
 
 class Connection:
     """One end of a connection; the endpoint brings it datagrams and asks for some. ``wake`` is called when there is
-    something to send, ``opened`` with every stream the peer opens, ``failed`` when it has ended; ``known`` is kept up to date with the ids that the
-    peer addresses it with. ``remembered`` is the certificate of the session that is taken up, if any.
+    something to send, ``opened`` with every stream the peer opens, ``failed`` when it has ended; ``known`` is kept up
+    to date with the ids that the peer addresses it with. ``remembered`` is the certificate of the session that is taken
+    up, if any, and ``filling`` how many bytes the first datagram is filled with.
     """
 
     def __init__(
@@ -149,7 +150,8 @@ class Connection:
                 self._pings += 1
                 quic.send_ping(self._pings)
             datagrams = quic.datagrams_to_send(now)
-            # After what was said before: an alert says why. It may have to wait, as the library spreads packets over time.
+            # After what was said before: an alert says why. The library spreads packets over time, so that may have to
+            # wait.
             if self.closing and (now >= self._close_by or not quic.get_send_buffer_size(_CONTROL)):
                 self.closing = False
                 quic.close(_REFUSED if self.refused else 0)
@@ -227,7 +229,9 @@ class Connection:
                 self._receive(event)
         elif isinstance(event, quic_events.HandshakeCompleted):
             if not self._listens:
-                if not event.session_resumed:
+                if event.session_resumed:
+                    logger.debug("%s: an earlier session is taken up", self.address)
+                else:
                     certificate = self.quic.get_peercert()
                     self._shown = None if certificate is None else certificate.public_bytes()
                 self._introduce()

@@ -64,11 +64,16 @@ class Endpoint:
                 await anyio.lowlevel.checkpoint()  # It was replaced.
                 continue
             now = monotonic()
-            for _ in range(BURST):
-                came = self.udp.receive()
-                if came is None:
-                    break
-                self.deliver(*came, now)
+            try:
+                for _ in range(BURST):
+                    came = self.udp.receive()
+                    if came is None:
+                        break
+                    self.deliver(*came, now)
+            except OSError as error:
+                for connection in self.connections:
+                    connection.fail(f"receiving failed ({error.strerror}); start over on a new connection")
+                return
             if self._turn() < self._due:
                 self.wake()
 

@@ -159,15 +159,17 @@ class _Answerer(Endpoint):
     def _retry(self, header: QuicHeader, address: Address) -> bytes:
         """Asks to come again with a token that only ``address`` gets to see."""
         ours = os.urandom(CID)
-        until = int(monotonic() + RETRY_WITHIN)
-        known = _TOKEN.pack(until, ours) + header.destination_cid
         return encode_quic_retry(
             version=QuicProtocolVersion.VERSION_1,
             source_cid=ours,
             destination_cid=header.source_cid,
             original_destination_cid=header.destination_cid,
-            retry_token=self._seal(known, address) + known,
+            retry_token=self._token(header.destination_cid, ours, address),
         )
+
+    def _token(self, original: bytes, ours: bytes, address: Address) -> bytes:
+        known = _TOKEN.pack(int(monotonic() + RETRY_WITHIN), ours) + original
+        return self._seal(known, address) + known
 
     def _proven(self, token: bytes, address: Address) -> tuple[bytes, bytes] | None:
         """The connection ids that a token of ours was made for; None where it is none, or not for ``address``."""
@@ -240,6 +242,6 @@ async def listen(address: str, options: Options) -> AsyncIterator[QuicListener]:
 
 def _destination(data: bytes) -> bytes:
     """The id of the connection that a datagram is for (RFC 8999, 5)."""
-    if not data[0] & 0x80:
+    if not data or not data[0] & 0x80:
         return data[1 : 1 + CID]
     return data[6 : 6 + data[5]] if len(data) > 5 else b""
