@@ -24,6 +24,7 @@ COMMANDS = {
     "restore": ("vfiostream.cli.checkpoint", "Load a checkpoint into DEVICE, and let it run."),
     "inspect": ("vfiostream.cli.checkpoint", "Say what is in a checkpoint, without checking all of it."),
     "verify": ("vfiostream.cli.checkpoint", "Check every byte of a checkpoint."),
+    "control": ("vfiostream.cli.control", "Ask or change a send, receive, save or restore while it runs."),
     "check": ("vfiostream.cli.check", "Say whether SOURCE can move, and whether it can go into TARGET; moves nothing."),
     "describe": ("vfiostream.cli.check", "Print what another host has to know of DEVICE to check it; for a file."),
     "record": ("vfiostream.cli.record", "Look at what --record wrote."),

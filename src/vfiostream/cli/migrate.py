@@ -8,6 +8,7 @@ import click
 
 from vfiostream import migrate, transports
 from vfiostream.cli import options
+from vfiostream.cli.control import answer_at
 from vfiostream.cli.exits import Exit
 from vfiostream.cli.run import Output, Run, carry_out
 from vfiostream.cli.summary import moved
@@ -25,11 +26,12 @@ from vfiostream.transports.options import Options
 @click.argument("destination", type=option_type(parse_link_address))
 @options.guest_memory
 @options.policy
-@options.settings("max_bandwidth", "chunk", "budget", "patience", compression=0)
+@options.settings("bandwidth", "chunk", "budget", "patience", compression=0)
 @options.link(listens=False)
 @options.order
 @options.device_timeout
 @options.recordings
+@options.control
 @options.progress
 def send(
     device: str,
@@ -41,6 +43,7 @@ def send(
     order: Order,
     device_timeout: float,
     recordings: options.Recordings,
+    control: str | None,
     output: Output,
 ) -> Exit:
     """Move DEVICE to whoever receives at DESTINATION.
@@ -53,6 +56,7 @@ def send(
     ((_, recording),) = recordings.of(device)
 
     async def work(run: Run) -> None:
+        await answer_at(run, control, settings.bandwidth)
         run.follow()
         with Guest.open(memory) as guest:
             async with await open_device(device, order=order, timeout=device_timeout, recording=recording) as opened:
@@ -74,6 +78,7 @@ def send(
 @options.link(listens=True)
 @options.device_timeout
 @options.recordings
+@options.control
 @options.progress
 def receive(
     source: str,
@@ -83,6 +88,7 @@ def receive(
     link: Options,
     device_timeout: float,
     recordings: options.Recordings,
+    control: str | None,
     output: Output,
 ) -> Exit:
     """Take the device that is sent to SOURCE into DEVICE, and let it run.
@@ -95,6 +101,7 @@ def receive(
     ((_, recording),) = recordings.of(device)
 
     async def work(run: Run) -> None:
+        await answer_at(run, control)
         with Guest.open(memory) as guest:
             async with await open_device(device, timeout=device_timeout, recording=recording) as opened:
                 async with transports.listen(source, replace(link, refused=run.report.refused)) as listener:

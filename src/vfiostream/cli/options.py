@@ -21,6 +21,7 @@ from vfiostream.cli.values import (
     parse_size,
     parse_time,
 )
+from vfiostream.pipeline.bandwidth import Bandwidth
 from vfiostream.pipeline.budget import Budget
 from vfiostream.pipeline.settings import Settings
 from vfiostream.policy import Precopy
@@ -103,6 +104,14 @@ def progress(command: Command) -> Command:
     return wrapped
 
 
+def control(command: Command) -> Command:
+    """``--control``, as ``control``: the path of a socket, or None."""
+    option = click.option(
+        "--control", metavar="PATH", help="Answer `vfiostream control PATH` at this UNIX socket while it runs."
+    )
+    return option(command)
+
+
 def guest_memory(command: Command) -> Command:
     """``--guest-memory``, as ``memory`` (:data:`GuestFiles`)."""
     option = click.option(
@@ -145,17 +154,32 @@ def policy(command: Command) -> Command:
     return wrapped
 
 
+def _bandwidth(command: Command) -> Command:
+    """``--max-bandwidth`` and ``--switchover-bandwidth``, as ``bandwidth``."""
+
+    @click.option(
+        "--max-bandwidth", type=option_type(parse_rate), metavar="RATE",
+        help="Most bytes a second on the link or into the file, while the source runs.  [default: no limit]",
+    )  # fmt: skip
+    @click.option(
+        "--switchover-bandwidth", type=option_type(parse_rate), metavar="RATE",
+        help="The same while it is stopped; also what may be counted on then.  [default: no limit]",
+    )  # fmt: skip
+    @functools.wraps(command)
+    def wrapped(*, max_bandwidth: int | None, switchover_bandwidth: int | None, **rest: Any) -> Any:
+        return command(bandwidth=Bandwidth(max_bandwidth, switchover_bandwidth), **rest)
+
+    return wrapped
+
+
 _SETTINGS: dict[str, Decorator] = {
     "chunk": _size("--chunk", "chunk", _DEFAULTS.chunk, "Most content of one frame; the smaller of both ends holds."),
     "budget": _size("--budget", "budget", _DEFAULTS.budget, "Most memory for buffers at this end."),
-    "max_bandwidth": click.option(
-        "--max-bandwidth", type=option_type(parse_rate), metavar="RATE",
-        help="Most bytes a second on the link or into the file.  [default: no limit]",
-    ),
     "patience": _time(
         "--switchover-timeout", "patience", _DEFAULTS.patience,
         "How long the other end may show no progress at the start, and while the source is stopped.",
     ),
+    "bandwidth": _bandwidth,
 }  # fmt: skip
 
 
