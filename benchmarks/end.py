@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from time import monotonic, process_time
 from typing import Any
 
@@ -118,6 +119,15 @@ async def move(end: End) -> dict[str, Any]:
     return seen
 
 
+def link_options(end: End) -> vfiostream.Options:
+    if not end.certificates:
+        return vfiostream.Options()
+    folder, name = Path(end.certificates), "source" if end.does == "send" else "target"
+    return vfiostream.Options(
+        credentials=vfiostream.Credentials(folder / f"{name}.pem", folder / f"{name}.key", folder / "ca.pem")
+    )
+
+
 async def give(end: End, device: Device, guest: LastRound, settings: vfiostream.Settings) -> dict[str, Any]:
     say({"address": ""})
     address = await told()
@@ -127,7 +137,7 @@ async def give(end: End, device: Device, guest: LastRound, settings: vfiostream.
         async with vfiostream.connect(address) as file:
             summary = await vfiostream.save(device, file, guest=guest, policy=policy, settings=settings)
     else:
-        async with vfiostream.connect(address) as transport:
+        async with vfiostream.connect(address, link_options(end)) as transport:
             began, cpu = monotonic(), process_time()
             summary = await vfiostream.send(device, transport, guest=guest, policy=policy, settings=settings)
     return measured(summary, began, cpu) | {"first_round": policy.throughput}
@@ -140,7 +150,7 @@ async def take(end: End, device: Device, guest: LastRound, settings: vfiostream.
         began, cpu = monotonic(), process_time()
         async with vfiostream.listen(address) as folder, await folder.accept() as file:
             return measured(await vfiostream.restore(file, device, guest=guest, settings=settings), began, cpu)
-    async with vfiostream.listen(end.address) as listener:
+    async with vfiostream.listen(end.address, link_options(end)) as listener:
         say({"address": listener.address})
         async with await listener.accept() as transport:
             began, cpu = monotonic(), process_time()
