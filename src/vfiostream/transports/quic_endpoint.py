@@ -24,7 +24,7 @@ ETHERNET_DATAGRAM = 1472
 """Up to this the library finds out itself what the path carries; above, the handshake tries it."""
 BURST = 64
 """Batches of datagrams that are taken from the kernel before anything is sent."""
-LINGER = 2.0
+LINGER = 10.0
 """Seconds that what was sent may take to arrive when a context ends."""
 CID = 8
 """Bytes of our connection ids."""
