@@ -25,6 +25,8 @@ from vfiostream.pipeline.bandwidth import Bandwidth
 from vfiostream.pipeline.budget import Budget
 from vfiostream.pipeline.settings import Settings
 from vfiostream.policy import Precopy
+from vfiostream.transports.credentials import Credentials
+from vfiostream.transports.options import Options
 
 Command = Callable[..., Any]
 Decorator = Callable[[Command], Command]
@@ -235,6 +237,62 @@ def recordings(command: Command) -> Command:
         return command(recordings=Recordings(files, payloads), **rest)
 
     return wrapped
+
+
+def link(*, listens: bool) -> Decorator:
+    """How to open a link, as ``link`` (:class:`~vfiostream.transports.options.Options`): who we are and whom we
+    believe, and, where the command ``listens``, ``--plain``.
+    """
+
+    def file(name: str, parameter: str, text: str) -> Decorator:
+        return click.option(name, parameter, type=click.Path(path_type=Path), metavar="FILE", help=text)
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def made_of(
+            *,
+            cert: Path | None,
+            key: Path | None,
+            ca: Path | None,
+            fingerprints: tuple[str, ...],
+            peer_name: str | None,
+            plain: bool = False,
+            **rest: Any,
+        ) -> Any:
+            credentials = None
+            if any((cert, key, ca, fingerprints, peer_name)):
+                if cert is None or key is None:
+                    raise click.UsageError("both ends of an encrypted link show a certificate: add --cert and --key")
+                credentials = Credentials(cert, key, ca, fingerprints, peer_name)
+            return command(link=Options(credentials=credentials, plain=plain), **rest)
+
+        add = [
+            file("--cert", "cert", "Our certificate (PEM), for tls:. `vfiostream cert` makes what both ends need."),
+            file("--key", "key", "The private key of our certificate (PEM)."),
+            file("--ca", "ca", "Believe certificates of this CA (PEM) with the name of the other end in them."),
+            click.option(
+                "--peer-fingerprint", "fingerprints", metavar="HEX", multiple=True,
+                help="Believe the certificate with this SHA-256 fingerprint, whatever its name. May be repeated.",
+            ),
+            click.option(
+                "--peer-name", metavar="NAME",
+                help="The name a certificate of the CA must have.  [default: the host connected to; of a sender, any]",
+            ),
+        ]  # fmt: skip
+        if listens:
+            add.append(
+                click.option(
+                    "--plain",
+                    is_flag=True,
+                    help="Let other hosts connect to tcp:, which knows no one: the network is trusted.",
+                )
+            )
+        wrapped: Command = made_of
+        for option in reversed(add):
+            wrapped = option(wrapped)
+        return wrapped
+
+    return decorate
 
 
 def order(command: Command) -> Command:

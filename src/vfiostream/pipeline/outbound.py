@@ -27,7 +27,6 @@ from vfiostream.errors import ConnectionLost
 from vfiostream.pipeline.adaptive import Adaptive, Choice, Choices, Fixed
 from vfiostream.pipeline.bandwidth import Pace, Pieces
 from vfiostream.pipeline.budget import Budget, Lease
-from vfiostream.pipeline.frames import LINGER
 from vfiostream.pipeline.progress import Progress
 from vfiostream.pipeline.settings import Settings
 from vfiostream.pipeline.turns import Turns
@@ -114,7 +113,7 @@ class Outbound:
         self._progress = progress
         self._several = several
         self.pace = Pace(settings.bandwidth)
-        self.budget = Budget(settings.budget, settings.chunk)
+        self.budget = Budget(settings.budget - transport.keeps, settings.chunk)
         self.compressors = Workers(Compressor, COMPRESSORS)
         self._choices: Choices | None = None
         self.content = 0
@@ -323,7 +322,7 @@ class Outbound:
             await (self.hand_over(frame) if size <= most else self._hand_over_in_pieces(frame, most))
         except ConnectionLost:
             # The target may have said why before it closed: the listener finds that, and all is called off.
-            with anyio.move_on_after(LINGER if self._transport.answers else 0):
+            with anyio.move_on_after(self._transport.linger if self._transport.answers else 0):
                 await anyio.sleep_forever()
             raise
         self.moved_at = monotonic()
