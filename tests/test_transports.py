@@ -181,11 +181,11 @@ def refuse_direct_access(patch: pytest.MonkeyPatch, call: str) -> None:
 
 @pytest.mark.parametrize(
     "address",
-    ["", "tcp", "tcp:", "unix:", "file:", "quic:host:1", "TCP:host:1", ":1", "file:a\0b", "tcp:ho\0st:1", "/a/path"],
+    ["", "tcp", "tcp:", "unix:", "file:", "quick:host:1", "TCP:host:1", ":1", "file:a\0b", "tcp:ho\0st:1", "/a/path"],
 )
 async def test_what_is_no_address_is_refused_with_a_list_of_what_is(address: str) -> None:
     for opening in (connect, listen):
-        with pytest.raises(UsageError, match=r"tcp:HOST:PORT, tls:HOST:PORT, unix:PATH, file:PATH"):
+        with pytest.raises(UsageError, match=r"tcp:HOST:PORT, tls:HOST:PORT, quic:HOST:PORT, unix:PATH, file:PATH"):
             async with opening(address):
                 pass
 
