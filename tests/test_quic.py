@@ -222,6 +222,28 @@ async def test_lost_datagrams_are_sent_again(options: Options) -> None:
     assert received == NOISE
 
 
+async def test_keys_are_changed_on_the_way(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = 0
+    change = QuicConnection.request_key_update
+
+    def counted(quic: QuicConnection) -> None:
+        nonlocal changes
+        change(quic)
+        changes += 1
+
+    monkeypatch.setattr(QuicConnection, "request_key_update", counted)
+    monkeypatch.setattr(quic_connection, "KEY_LASTS", 50)
+    received = bytearray()
+    async with time_limit(), listen("quic:127.0.0.1:0", options) as listener, network(listener.address) as between:
+        between.passes = lambda _: between.count % 50 != 0
+        async with connect(between.address, options) as sender, await listener.accept() as receiver:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(send_all, sender, [[NOISE], [NOISE]])
+                received += await receive_all(receiver)
+    assert received == NOISE * 2
+    assert changes > 3
+
+
 async def test_a_way_that_carries_small_datagrams_only(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quic, "LARGE_TRIED", 0.5)
     received = bytearray()
