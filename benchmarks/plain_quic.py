@@ -59,7 +59,7 @@ class Side:
             came = self.udp.receive()
             if came is None:
                 break
-            data, segment, address = came
+            data, segment, address, _ = came
             if self.quic is None:
                 assert self.configuration is not None
                 # Of a first datagram, the id of the connection is there (RFC 8999, 5.1).

@@ -28,9 +28,11 @@ from qh3 import QuicConnection, quic_events
 from vfiostream.errors import StreamError, TransportError
 from vfiostream.transports.quic_peer import Handshake
 from vfiostream.transports.quic_stream import LIBRARY_ERRORS, QuicStream
-from vfiostream.transports.udp import Address
+from vfiostream.transports.udp import Address, Here
 
 logger = logging.getLogger("vfiostream.transport")
+# The library warns of each connection that ends.
+logging.getLogger("quic").setLevel(logging.CRITICAL)
 
 WINDOW = 16 << 20
 """Bytes of all streams of a connection that may be under way: what 1 Gbit/s moves in a round trip of 130 ms."""
@@ -100,6 +102,8 @@ class Connection:
         """Whether it has ended and nothing has to be sent any more."""
         self.heard = self.began = monotonic()
         """When something came, at last."""
+        self.here: Here = ()
+        """Which address of this host the peer talks to."""
         self.streams: dict[int, QuicStream] = {}
         self.changed = anyio.Event()
         """Set, and replaced, when the connection is believed, or ends, or a stream has arrived."""
