@@ -36,7 +36,8 @@ from vfiostream.migrate import receive, send
 from vfiostream.transports import connect, listen, quic, quic_connection, quic_endpoint, quic_listen, tls_trust
 from vfiostream.transports.contract import Transport
 from vfiostream.transports.options import Options
-from vfiostream.transports.quic_connection import WINDOW
+from vfiostream.transports.quic_connection import WINDOW, Kind
+from vfiostream.transports.quic_peer import Handshake
 from vfiostream.transports.quic_stream import QuicStream
 from vfiostream.transports.udp import UdpSocket
 
@@ -195,18 +196,60 @@ async def test_what_is_no_quic_disturbs_nobody(options: Options) -> None:
                 sock.sendto(data, target)
 
             def meddle(data: bytes) -> bool:
-                copy = bytearray(data)
+                """Before each datagram, the one before: again, changed, and cut."""
+                nonlocal before
+                copy = bytearray(before)
                 copy[random.randrange(len(copy))] ^= 1 << random.randrange(8)
-                for wrong in (bytes(copy), data[: random.randrange(len(data))], data):
+                for wrong in (before, bytes(copy), before[: random.randrange(len(before))]):
                     sock.sendto(wrong, target)
+                before = data
                 return True
 
+            before = real
             between.passes = meddle
             async with connect(between.address, options) as sender, await listener.accept() as receiver:
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(send_all, sender, [[NOISE]])
                     received += await receive_all(receiver)
     assert received == NOISE
+
+
+async def test_what_is_no_handshake_within(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = Handshake.to_send
+    monkeypatch.setattr(Handshake, "to_send", lambda self: honest(self) if self.listens else NOISE[:500])
+    refusals: list[TransportError] = []
+    listening = replace(options, refused=refusals.append)
+    async with time_limit(), listen("quic:127.0.0.1:0", listening) as listener:
+        with pytest.raises(PeerRefused):
+            async with connect(listener.address, options):
+                pass
+        monkeypatch.undo()
+        async with connect(listener.address, options) as sender, await listener.accept() as receiver:
+            await send_all(sender, [[b"honest"]])
+            assert await receive_all(receiver) == b"honest"
+    [refusal] = refusals
+    assert "is not TLS" in str(refusal)
+
+
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        ((9, 4, 0), "is of no known kind"),
+        ((0, 4, 0), "is of no known kind"),
+        ((Kind.WELCOME, 4, 0), "is of no known kind"),
+        ((Kind.READ, 8, 0), "names a stream that is not open"),
+        ((Kind.READ, 4, 1), "was read where nothing was sent"),
+        ((Kind.READ, 4, 1 << 63), "was read where nothing was sent"),
+    ],
+)
+async def test_records_that_break_the_rules(record: Any, problem: str, options: Options) -> None:
+    async with time_limit(), linked(options) as (sender, receiver):
+        assert isinstance(sender, QuicStream)
+        sender._carrier._tell(*record)  # type: ignore[attr-defined]
+        with pytest.raises(ConnectionLost, match=problem):
+            await receiver.receive([memoryview(bytearray(1))])
+        with pytest.raises(ConnectionLost, match="refused us"):
+            await sender.receive([memoryview(bytearray(1))])
 
 
 # ---- ways that change, lose, and end

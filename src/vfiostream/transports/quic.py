@@ -36,7 +36,7 @@ from vfiostream.transports.quic_endpoint import (
 )
 from vfiostream.transports.quic_listen import listen
 from vfiostream.transports.quic_peer import Handshake
-from vfiostream.transports.stream import host_and_port
+from vfiostream.transports.stream import host_and_port, no_answer
 from vfiostream.transports.tls_trust import context_of
 from vfiostream.transports.udp import Address, Here, UdpSocket
 
@@ -50,6 +50,9 @@ LARGE_DATAGRAM = 9000
 """Bytes of a datagram that are worth having: larger ones fill the kernel's batches worse and moved less on loopback."""
 LARGE_TRIED = 3.0
 """Seconds after which a handshake that tries large datagrams is given up for one without."""
+
+
+_NEVER = float("inf")
 
 
 class _Session(NamedTuple):
@@ -159,10 +162,11 @@ async def _called(address: str, options: Options, credentials: Credentials) -> A
     host, port = host_and_port(address)
     if port == 0:
         raise UsageError(f"{address!r} has port 0, which can't be connected to; write the port the other end shows")
+    until = _NEVER if options.timeout is None else monotonic() + options.timeout
     async with AsyncExitStack() as stack:
         for family, target in await targets_of(address, host, port):
             for large in (True, False):
-                call = _Call(address, host, family, target, options.timeout, credentials, context, large)
+                call = _Call(address, host, family, target, options, until, credentials, context, large)
                 try:
                     connection = await stack.enter_async_context(_calling(call))
                 except _TooLarge:
@@ -188,7 +192,9 @@ class _Call(NamedTuple):
     host: str
     family: socket.AddressFamily
     target: Address
-    timeout: float | None
+    options: Options
+    until: float
+    """When it is given up, on the clock of ``time.monotonic``."""
     credentials: Credentials
     context: SSL.Context
     large: bool
@@ -231,16 +237,15 @@ async def _calling(call: _Call) -> AsyncIterator[Connection]:
 
 async def _introduced(caller: _Caller, call: _Call) -> None:
     """Wait until both ends believe each other."""
+    left = call.until - monotonic()
     try:
-        with anyio.fail_after(LARGE_TRIED if call.large else call.timeout):
+        with anyio.fail_after(min(left, LARGE_TRIED) if call.large else left):
             await caller.introduced()
     except TimeoutError as error:
-        if call.large:
+        if call.large and left > LARGE_TRIED:
             logger.debug("%s: large datagrams do not arrive", call.address)
             raise _TooLarge from error
-        raise TransportError(
-            f"{call.address}: nobody answered within {call.timeout:g} s; check the address and the network"
-        ) from error
+        raise no_answer(call.address, call.options) from error
 
 
 def _caller_quic(call: _Call, size: int) -> tuple[QuicConnection, bytes | None]:
