@@ -29,6 +29,7 @@ from vfiostream.devices.contract import Device
 from vfiostream.devices.four_region import FourRegionDevice
 from vfiostream.guest import PAGE_SIZE
 from vfiostream.policy import RoundReport, Verdict
+from vfiostream.transports.options import Options
 from vfiostream.vendor.device import ReferenceDevice
 from vfiostream.vendor.inprocess import InProcessAccess
 from vfiostream.vendor.settings import Settings as DeviceSettings
@@ -106,6 +107,8 @@ async def open_device(end: End) -> AsyncIterator[tuple[Device, ReferenceDevice |
 
 
 async def move(end: End) -> dict[str, Any]:
+    if end.core is not None:
+        os.sched_setaffinity(0, {end.core})
     settings = vfiostream.Settings(**end.settings)
     guest = make_guest(end)
     async with open_device(end) as (device, reference):
@@ -127,7 +130,7 @@ async def give(end: End, device: Device, guest: LastRound, settings: vfiostream.
         async with vfiostream.connect(address) as file:
             summary = await vfiostream.save(device, file, guest=guest, policy=policy, settings=settings)
     else:
-        async with vfiostream.connect(address) as transport:
+        async with vfiostream.connect(address, Options(channels=end.channels)) as transport:
             began, cpu = monotonic(), process_time()
             summary = await vfiostream.send(device, transport, guest=guest, policy=policy, settings=settings)
     return measured(summary, began, cpu) | {"first_round": policy.throughput}

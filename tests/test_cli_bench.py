@@ -25,6 +25,7 @@ from vfiostream.errors import ConnectionLost, Incompatible, UsageError
 from vfiostream.pipeline.progress import Progress, Summary
 from vfiostream.pipeline.settings import Settings
 from vfiostream.transports.contract import Listener
+from vfiostream.transports.options import Options
 
 __all__ = ["call", "socket_dir"]  # fixtures
 
@@ -302,7 +303,7 @@ async def follow(carry: Callable[[Progress], Awaitable[Summary]]) -> Summary:
 @pytest.fixture
 async def listener(anyio_backend: Any) -> AsyncIterator[Listener]:
     with short_folder() as folder:
-        async with transports.listen(f"unix:{folder}/link") as opened:
+        async with transports.listen(f"unix:{folder}/link", Options(silent=True)) as opened:
             yield opened
 
 

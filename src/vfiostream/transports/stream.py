@@ -21,8 +21,10 @@ import anyio.lowlevel
 
 from vfiostream.buffers import Buffer
 from vfiostream.errors import TransportError, UsageError
+from vfiostream.transports.arrivals import arrivals
 from vfiostream.transports.contract import Listener, Transport
-from vfiostream.transports.options import Options
+from vfiostream.transports.joining import joined
+from vfiostream.transports.options import MAX_CHANNELS, Options
 from vfiostream.transports.polled import PolledTransport
 
 logger = logging.getLogger("vfiostream.transport")
@@ -39,8 +41,8 @@ WAKE_AT = 1024 * 1024
 sender goes on meanwhile.
 """
 
-BACKLOG = 8
-"""Senders that may wait to be accepted; one is served at a time."""
+BACKLOG = 2 * MAX_CHANNELS
+"""Connections that may wait to be accepted."""
 
 UNIX_SEND_BUFFER = 2 << 20
 """Bytes that may wait on a UNIX socket; Linux allows ``net.core.wmem_max`` at most, without a word. With its default of
@@ -142,19 +144,26 @@ class SocketListener(Listener):
 @asynccontextmanager
 async def connect(address: str, options: Options) -> AsyncIterator[Transport]:
     """Connect to whoever listens at ``address``; of a host with several addresses, the first that answers."""
-    options.only(address)
-    try:
-        with anyio.fail_after(options.timeout):
-            transport = await _connect(address)
-    except TimeoutError as error:
-        raise TransportError(
-            f"{address}: nobody answered within {options.timeout:g} s; check the address and the network"
-        ) from error
-    async with transport:
-        yield transport
+    options.only(address, "channels")
+
+    async def dial() -> PolledTransport:
+        try:
+            with anyio.fail_after(options.timeout):
+                return await _connect(address)
+        except TimeoutError as error:
+            raise TransportError(
+                f"{address}: nobody answered within {options.timeout:g} s; check the address and the network"
+            ) from error
+
+    if options.channels > 1:
+        async with joined(address, options, dial) as link:
+            yield link
+    else:
+        async with await dial() as transport:
+            yield transport
 
 
-async def _connect(address: str) -> Transport:
+async def _connect(address: str) -> PolledTransport:
     for family, target in await _targets(address):
         try:
             sock = await _connected(family, target)
@@ -198,8 +207,8 @@ async def listen(address: str, options: Options) -> AsyncIterator[Listener]:
 
     A UNIX socket that nobody listens on any more is replaced. Only its owner may connect to the new one.
     """
-    options.only(address)
-    async with await _listen(address) as listener:
+    options.only(address, "silent")
+    async with arrivals(await _listen(address), options) as listener:
         yield listener
 
 
