@@ -252,12 +252,12 @@ def test_a_scheme_loads_only_its_own_module() -> None:
         from vfiostream.transports import listen
         def loaded():
             return sorted(name.rpartition(".")[2] for name in sys.modules if name.startswith("vfiostream.transports."))
-        assert loaded() == ["contract", "options"], loaded()
+        assert loaded() == ["contract", "credentials", "options"], loaded()
         async def main():
             async with listen("tcp:127.0.0.1:0"):
                 pass
         anyio.run(main)
-        of_links = ["arrivals", "background", "channel", "channels", "contract", "joining"]
+        of_links = ["arrivals", "background", "channel", "channels", "contract", "credentials", "joining"]
         assert loaded() == [*of_links, "options", "polled", "segments", "stream", "unsent"], loaded()
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True)

@@ -1,8 +1,8 @@
-"""Transports by address: ``tcp:HOST:PORT``, ``unix:PATH``, ``file:PATH``.
+"""Transports by address: ``tcp:HOST:PORT``, ``tls:HOST:PORT``, ``unix:PATH``, ``file:PATH``.
 
 The module of a scheme is imported when an address names it, so nobody pays for a transport he does not use. Such a
 module has ``connect(address, options)`` and ``listen(address, options)``, both async context managers, which get the
-whole address and check its rest.
+whole address and check its rest, and ``OPTIONS``, the names of the options it knows.
 """
 
 from __future__ import annotations
@@ -18,23 +18,36 @@ from vfiostream.transports.options import Options
 
 _SCHEMES = {
     "tcp": ("tcp:HOST:PORT", "vfiostream.transports.stream"),
+    "tls": ("tls:HOST:PORT", "vfiostream.transports.tls"),
     "unix": ("unix:PATH", "vfiostream.transports.stream"),
     "file": ("file:PATH", "vfiostream.transports.file"),
 }
 
 
 class _SchemeModule(Protocol):
+    OPTIONS: frozenset[str]
+
     def connect(self, address: str, options: Options) -> AbstractAsyncContextManager[Transport]: ...
 
     def listen(self, address: str, options: Options) -> AbstractAsyncContextManager[Listener]: ...
 
 
-def _module_of(address: str) -> _SchemeModule:
+def missing(error: ModuleNotFoundError, what: str, extra: str) -> UsageError:
+    """What to raise where ``what`` needs a package that comes with an ``extra`` only."""
+    return UsageError(f"{what}: this needs {error.name}, which is not installed; install vfiostream[{extra}]")
+
+
+def _module_of(address: str, options: Options) -> _SchemeModule:
     scheme, _, rest = address.partition(":")
     if scheme not in _SCHEMES or not rest or "\0" in rest:
         known = ", ".join(form for form, _ in _SCHEMES.values())
         raise UsageError(f"{address!r} is not an address; write one of {known}")
-    return cast(_SchemeModule, importlib.import_module(_SCHEMES[scheme][1]))
+    try:
+        module = cast(_SchemeModule, importlib.import_module(_SCHEMES[scheme][1]))
+    except ModuleNotFoundError as error:
+        raise missing(error, address, scheme) from error
+    options.only(address, *getattr(module, "OPTIONS", ()))
+    return module
 
 
 @asynccontextmanager
@@ -44,7 +57,8 @@ async def connect(address: str, options: Options | None = None) -> AsyncIterator
     Raises :class:`~vfiostream.errors.UsageError` for what is not an address, or has not what ``options`` ask for, and
     :class:`~vfiostream.errors.TransportError` when it can't be opened.
     """
-    async with _module_of(address).connect(address, options or Options()) as transport:
+    options = options or Options()
+    async with _module_of(address, options).connect(address, options) as transport:
         yield transport
 
 
@@ -53,5 +67,6 @@ async def listen(address: str, options: Options | None = None) -> AsyncIterator[
     """Open ``address`` to receive from it; raises as :func:`connect` does. A file is opened by ``accept``. What was
     accepted lives until it is closed, and no longer than the context.
     """
-    async with _module_of(address).listen(address, options or Options()) as listener:
+    options = options or Options()
+    async with _module_of(address, options).listen(address, options) as listener:
         yield listener

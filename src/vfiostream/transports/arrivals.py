@@ -17,10 +17,9 @@ from contextlib import asynccontextmanager
 
 import anyio
 import anyio.lowlevel
-from anyio.abc import TaskGroup
 
 from vfiostream.errors import TransportError
-from vfiostream.transports.background import background
+from vfiostream.transports.background import Background, background
 from vfiostream.transports.channel import Signal
 from vfiostream.transports.channels import ChannelsTransport
 from vfiostream.transports.contract import Listener, Transport
@@ -65,7 +64,7 @@ async def arrivals(listener: Listener, options: Options) -> AsyncIterator[Listen
 
 
 class _Arrivals(Listener):
-    def __init__(self, listener: Listener, memory: int, tasks: TaskGroup) -> None:
+    def __init__(self, listener: Listener, memory: int, tasks: Background) -> None:
         self.address = listener.address
         self._listener = listener
         self._memory = memory

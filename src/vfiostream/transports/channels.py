@@ -37,6 +37,7 @@ class ChannelsTransport(Transport):
     def __init__(self, address: str, connections: Sequence[PolledTransport], memory: int) -> None:
         self.address = address
         self.answers = True
+        self.keeps = memory
         count = len(connections)
         self._channels = [Channel(one, number, count, memory // count) for number, one in enumerate(connections)]
         self._closed = False

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
-from vfiostream.errors import UsageError
+from vfiostream.errors import TransportError, UsageError
+from vfiostream.transports.credentials import Credentials
 
 MAX_CHANNELS = 64
 """Channels of a link."""
@@ -21,6 +23,15 @@ class Options:
 
     timeout: float | None = None
     """Seconds that opening may take; None for as long as the system tries. A limit around the context would end it."""
+
+    credentials: Credentials | None = None
+    """Who we are and whom we believe, where a link is encrypted."""
+
+    plain: bool = False
+    """A listener that knows no one may be reached from other hosts: the network is trusted."""
+
+    refused: Callable[[TransportError], None] | None = None
+    """A listener calls it for each peer that it did not believe; it must not raise. They are logged in any case."""
 
     channels: int = 1
     """Connections that the link is made of, 1 to :data:`MAX_CHANNELS`. Who connects says it; who listens follows."""
@@ -44,5 +55,8 @@ class Options:
         scheme does not know must not be ignored.
         """
         for field in fields(self):
-            if field.name not in ("timeout", "memory", *names) and getattr(self, field.name) != field.default:
+            if (
+                field.name not in ("timeout", "refused", "memory", *names)
+                and getattr(self, field.name) != field.default
+            ):
                 raise UsageError(f"{address}: such an address has no {field.name}; leave that away")
