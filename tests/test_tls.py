@@ -323,6 +323,29 @@ async def test_a_server_who_says_nothing(tmp_path: Path, monkeypatch: pytest.Mon
 # ---- the stream
 
 
+async def test_each_end_says_whom_it_believes(tmp_path: Path) -> None:
+    source, target = written(tmp_path, issued("source")), written(tmp_path, issued("target"))
+    async with time_limit(), connected(source, target) as (sender, receiver), receiver:
+        assert isinstance(sender, TlsTransport)
+        assert isinstance(receiver, TlsTransport)
+        assert (sender.peer, receiver.peer) == (issued("target").fingerprint, issued("source").fingerprint)
+
+
+async def test_the_end_wakes_a_reader_who_waits_for_more(tmp_path: Path) -> None:
+    source, target = written(tmp_path, issued("source")), written(tmp_path, issued("target"))
+    received = []
+
+    async def take(transport: Transport) -> None:
+        received.append(await transport.receive([memoryview(bytearray(MIB))], MIB))
+
+    async with time_limit(), connected(source, target) as (sender, receiver), receiver:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(take, receiver)
+            await anyio.wait_all_tasks_blocked()
+            await sender.finish()
+    assert received == [0]
+
+
 async def test_the_end_of_the_connection_is_not_the_end_of_the_stream(tmp_path: Path) -> None:
     """Anybody on the way can end a connection; only the peer can say that this was all."""
     source, target = written(tmp_path, issued("source")), written(tmp_path, issued("target"))
@@ -333,6 +356,23 @@ async def test_the_end_of_the_connection_is_not_the_end_of_the_stream(tmp_path: 
         for _ in range(2):
             with pytest.raises(ConnectionLost):
                 await receiver.receive([memoryview(bytearray(1))])
+
+
+async def test_the_last_words_of_who_resets_the_connection_can_be_read(tmp_path: Path) -> None:
+    source, target = written(tmp_path, issued("source")), written(tmp_path, issued("target"))
+    async with time_limit(), connected(source, target) as (sender, receiver):
+        await sender.send([b"unread"])
+        await receiver.send([b"I give up"])
+        await anyio.wait_all_tasks_blocked()
+        await receiver.aclose()
+        for _ in range(2):
+            with pytest.raises(ConnectionLost) as caught:
+                await sender.send([b"more"])
+            assert caught.value.taken == 0
+        assert await receive_exactly(sender, 9) == b"I give up"
+        for _ in range(2):
+            with pytest.raises(ConnectionLost):
+                await sender.receive([memoryview(bytearray(1))])
 
 
 async def test_what_a_full_kernel_holds_up_is_sent_though_nothing_follows(tmp_path: Path) -> None:

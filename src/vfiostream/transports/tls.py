@@ -14,7 +14,9 @@ signed, so pinning needs pyOpenSSL. Invariants:
 
 from __future__ import annotations
 
+import errno
 import logging
+import select
 import socket
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Sequence
@@ -85,7 +87,7 @@ async def _handshake(
     except BaseException:
         sock.close()
         raise
-    return TlsTransport(sock, address, connection, trouble)
+    return TlsTransport(sock, address, connection, judge, trouble)
 
 
 async def _until_done(step: Callable[[], object], sock: socket.socket) -> None:
@@ -128,13 +130,19 @@ class TlsTransport(SocketTransport):
     keeps = 4 * RECORD
     """One record that comes, and one that goes, sealed and as it was."""
 
-    def __init__(self, sock: socket.socket, address: str, connection: SSL.Connection, trouble: Trouble) -> None:
+    def __init__(
+        self, sock: socket.socket, address: str, connection: SSL.Connection, judge: Judge, trouble: Trouble
+    ) -> None:
         super().__init__(sock, address)
+        self.peer = judge.fingerprint
+        """SHA-256 of the certificate that the peer showed, in small hexadecimal digits."""
         self._connection = connection
         self._trouble = trouble
         self._rest = b""
         """Content of the record that OpenSSL has sealed and the kernel has not taken whole."""
         self._problem: TransportError | None = None
+        self._end_of_socket = select.poll()
+        self._end_of_socket.register(sock, 0)
 
     @property
     def holds(self) -> bool:
@@ -163,6 +171,9 @@ class TlsTransport(SocketTransport):
     def _flush(self) -> None:
         """Hand over what was sealed, or raise BlockingIOError."""
         self._check_unbroken()
+        if self._end_of_socket.poll(0):
+            # After a write that failed OpenSSL would not give what the peer said before it was gone.
+            raise self._trouble.lost(errno.ECONNRESET, "sending")
         try:
             while self._rest:
                 self._rest = self._rest[self._connection.send(self._rest) :]
@@ -219,6 +230,7 @@ class TlsTransport(SocketTransport):
         except SSL.Error as error:
             raise self._broken(error, "finishing") from error
         self._torn = False
+        await super()._end()  # Wakes a reader who waits for more than the few bytes of close_notify.
 
     def _broken(self, error: SSL.Error, doing: str) -> TransportError:
         self._problem = self._trouble.of(error, doing)
