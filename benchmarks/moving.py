@@ -49,6 +49,10 @@ class End:
     """Whether guest memory was touched before."""
     last_round: int = 0
     """Bytes of guest memory that are dirty when the source has stopped."""
+    channels: int = 1
+    """Connections that a source makes its link of."""
+    core: int | None = None
+    """The only one that this side may use; None for all."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Of the library."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import anyio
@@ -18,6 +19,7 @@ from benchmarks.row import Row, compare, processor_time
 from vfiostream.transports.certificates import make_pair
 
 REGIONS = (16 * MIB, 4 * MIB, MIB)
+CHANNELS = (4, 16)
 BACKENDS: Sequence[Backend] = ("asyncio", "uvloop", "trio")
 
 
@@ -139,6 +141,32 @@ def tls(plan: Plan) -> Iterator[Row]:
     yield from processor_time(rounds, "ours", "OpenSSL, s_client to s_server", path=path, must=1.0)
 
 
+def channels(plan: Plan) -> Iterator[Row]:
+    """Several connections against one, each side on a core of its own and no other."""
+    with plan.folder() as folder:
+        for name, address in (("TCP", "tcp:127.0.0.1:0"), ("UNIX socket", f"unix:{folder / 'link'}")):
+            for backend in BACKENDS:
+                rounds = plan.rounds(
+                    {
+                        f"{count} channels": partial(_on_a_core_each, plan, address, backend, count)
+                        for count in (1, *CHANNELS)
+                    }
+                )
+                for count in CHANNELS:
+                    yield compare(
+                        rounds,
+                        f"{count} channels",
+                        "1 channels",
+                        path=f"{name}, guest memory only, a core a side, {backend}",
+                        must=1.0 if count == 4 else None,
+                    )
+
+
+def _on_a_core_each(plan: Plan, address: str, backend: Backend, channels: int) -> Run:
+    source = End("send", address, backend, guest=plan.size, channels=channels, core=0, settings={"chunk": plan.chunk})
+    return move(source, replace(source, does="receive", core=1)).run
+
+
 def event_loops(plan: Plan) -> Iterator[Row]:
     contestants: dict[str, Callable[[], Run]] = {backend: partial(guest_only, plan, backend) for backend in BACKENDS}
     rounds = plan.rounds(contestants)
@@ -202,6 +230,7 @@ MEASUREMENTS = (
     fresh_target,
     unix_socket,
     tls,
+    channels,
     event_loops,
     own_processes,
     iperf3,

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.anyio
 
 @asynccontextmanager
 async def connected(source: Credentials, target: Credentials) -> AsyncIterator[tuple[Transport, Transport]]:
-    async with listen("tls:127.0.0.1:0", Options(credentials=target)) as listener:
+    async with listen("tls:127.0.0.1:0", Options(credentials=target, silent=True)) as listener:
         async with connect(listener.address, Options(credentials=source)) as sender:
             yield sender, await listener.accept()
 
