@@ -27,6 +27,7 @@ from vfiostream.transports import connect, listen, tls, tls_trust
 from vfiostream.transports.contract import Listener, Transport
 from vfiostream.transports.credentials import Credentials
 from vfiostream.transports.options import Options
+from vfiostream.transports.segments import Preamble
 from vfiostream.transports.tls import TlsTransport
 from vfiostream.uapi.four_region import State
 
@@ -34,9 +35,11 @@ pytestmark = pytest.mark.anyio
 
 
 @asynccontextmanager
-async def connected(source: Credentials, target: Credentials) -> AsyncIterator[tuple[Transport, Transport]]:
-    async with listen("tls:127.0.0.1:0", Options(credentials=target, silent=True)) as listener:
-        async with connect(listener.address, Options(credentials=source)) as sender:
+async def connected(
+    source: Credentials, target: Credentials, channels: int = 1
+) -> AsyncIterator[tuple[Transport, Transport]]:
+    async with listen("tls:127.0.0.1:0", Options(credentials=target, silent=channels == 1)) as listener:
+        async with connect(listener.address, Options(credentials=source, channels=channels)) as sender:
             yield sender, await listener.accept()
 
 
@@ -52,6 +55,29 @@ class TestTlsByFingerprint(LinkContract):
             written(self.folder, source, None, peer_fingerprints=(target.fingerprint,)),
             written(self.folder, target, None, peer_fingerprints=(source.fingerprint.upper(),)),
         )
+
+
+class TestFourChannelsOfTls(LinkContract):
+    def pair(self) -> Any:
+        return connected(written(self.folder, issued("source")), written(self.folder, issued("target")), channels=4)
+
+
+async def test_all_channels_show_one_certificate(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Who has a certificate of his own can't take the place of a channel of somebody else's link."""
+    target = written(tmp_path, issued("target"))
+    token = bytes(range(16))
+    async with time_limit(), listen("tls:127.0.0.1:0", Options(credentials=target)) as listener:
+        contexts = [
+            connect(listener.address, Options(credentials=written(tmp_path, issued(name))))
+            for name in ("source", "other")
+        ]
+        async with contexts[0] as one, contexts[1] as other:
+            await one.send([Preamble(token, 0, 2).pack()])
+            await other.send([Preamble(token, 1, 2).pack()])
+            for link in (one, other):
+                with pytest.raises(ConnectionLost):
+                    await link.receive([memoryview(bytearray(1))])
+    assert "contradict each other" in caplog.text
 
 
 # ---- who is believed

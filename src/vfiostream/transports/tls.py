@@ -31,6 +31,7 @@ from vfiostream.errors import ConnectionLost, PeerRefused, TransportError, Usage
 from vfiostream.transports import stream
 from vfiostream.transports.arrivals import arrivals
 from vfiostream.transports.background import Background, background
+from vfiostream.transports.channel import Signal
 from vfiostream.transports.contract import Listener, Transport
 from vfiostream.transports.credentials import Credentials, required
 from vfiostream.transports.joining import joined
@@ -138,7 +139,6 @@ class TlsTransport(SocketTransport):
     ) -> None:
         super().__init__(sock, address)
         self.peer = judge.fingerprint
-        """SHA-256 of the certificate that the peer showed, in small hexadecimal digits."""
         self._connection = connection
         self._trouble = trouble
         self._rest = b""
@@ -283,10 +283,11 @@ class TlsListener(Listener):
         self._greeting: dict[anyio.CancelScope, socket.socket] = {}
         """Handshakes, the oldest first."""
         self._believed: deque[TlsTransport] = deque()
-        self._news = anyio.Event()
+        self._news = Signal()
         self._closed = False
         self._problem: TransportError | None = None
-        """Why nobody is accepted any more."""
+        """Why nobody is accepted until somebody has been told."""
+        self._told = Signal()
 
     async def accept(self) -> Transport:
         await anyio.lowlevel.checkpoint()
@@ -296,16 +297,17 @@ class TlsListener(Listener):
             if self._believed:
                 return self._believed.popleft()
             if self._problem is not None:
-                raise TransportError(*self._problem.args) from self._problem
-            if self._news.is_set():
-                self._news = anyio.Event()
+                problem, self._problem = self._problem, None
+                self._told.give()
+                raise problem
             await self._news.wait()
 
     async def aclose(self) -> None:
         if self._closed:
             return
         self._closed = True
-        self._news.set()
+        self._news.give()
+        self._told.give()
         for scope in self._greeting:
             scope.cancel()
         await self._sockets.aclose()
@@ -314,13 +316,14 @@ class TlsListener(Listener):
 
     async def greet(self, tasks: Background) -> None:
         """Take in whoever connects until the listener is closed."""
-        while True:
+        while not self._closed:
             try:
                 sock, address = await self._sockets.accept_socket()
             except TransportError as error:
                 self._problem = error
-                self._news.set()
-                return
+                self._news.give()
+                await self._told.wait()
+                continue
             carried_on = [scope for scope in self._greeting if not scope.cancel_called]
             if len(carried_on) >= STRANGERS:
                 carried_on[0].cancel()
@@ -334,7 +337,7 @@ class TlsListener(Listener):
                 transport = await _handshake(sock, self._context, self._credentials, address, host=None)
                 if len(self._believed) < WAITING:
                     self._believed.append(transport)
-                    self._news.set()
+                    self._news.give()
                 else:
                     logger.warning("%s: too many senders wait already; it was let go", address)
                     await transport.aclose()
