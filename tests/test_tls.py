@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.serialization import BestAvailableEncryption
 
 from tests.certificates import issued, written
 from tests.movers import Machine, machines
+from tests.test_channels import SmallBuffers
 from tests.transport_contract import MIB, NOISE, LinkContract, receive_exactly, time_limit
 from vfiostream.errors import ConnectionLost, PeerRefused, StreamError, TransportError, UsageError, VfiostreamError
 from vfiostream.migrate import receive, send
@@ -55,6 +56,27 @@ class TestTlsByFingerprint(LinkContract):
             written(self.folder, source, None, peer_fingerprints=(target.fingerprint,)),
             written(self.folder, target, None, peer_fingerprints=(source.fingerprint.upper(),)),
         )
+
+
+class TestTlsThatHoldsLittle(SmallBuffers):
+    """Sockets that take less than a record."""
+
+    def pair(self) -> Any:
+        return connected(written(self.folder, issued("source")), written(self.folder, issued("target")))
+
+    async def test_a_send_cancelled_part_way_tears(self) -> None:
+        """Nobody can read a part of a record."""
+        async with self.link() as (sender, receiver):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(sender.send, [NOISE])
+                await anyio.wait_all_tasks_blocked()
+                tasks.cancel_scope.cancel()
+            for call in (sender.send([b"more"]), sender.finish()):
+                with pytest.raises(TransportError, match="stopped part-way"):
+                    await call
+            await sender.aclose()
+            with pytest.raises(ConnectionLost):
+                await receiver.receive([memoryview(bytearray(1))])
 
 
 class TestFourChannelsOfTls(LinkContract):
