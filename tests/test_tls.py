@@ -29,6 +29,7 @@ from vfiostream.transports.contract import Listener, Transport
 from vfiostream.transports.credentials import Credentials
 from vfiostream.transports.options import Options
 from vfiostream.transports.segments import Preamble
+from vfiostream.transports.stream import SocketListener
 from vfiostream.transports.tls import TlsTransport
 from vfiostream.uapi.four_region import State
 
@@ -366,6 +367,50 @@ async def test_a_server_who_says_nothing(tmp_path: Path, monkeypatch: pytest.Mon
         with pytest.raises(TransportError, match="did not greet us within 0 s; let both ends use tls:"):
             async with time_limit(), connect(f"tls:127.0.0.1:{server.getsockname()[1]}", options):
                 pass
+
+
+# ---- the listener
+
+
+async def test_a_listener_lets_go_of_those_it_has_not_accepted(tmp_path: Path) -> None:
+    source, target = written(tmp_path, issued("source")), written(tmp_path, issued("target"))
+    async with time_limit(), listen("tls:127.0.0.1:0", Options(credentials=target, silent=True)) as listener:
+        host, _, port = listener.address.removeprefix("tls:").rpartition(":")
+        async with (
+            await anyio.connect_tcp(host, int(port)) as stranger,
+            connect(listener.address, Options(credentials=source)) as believed,
+        ):
+            await anyio.wait_all_tasks_blocked()
+            with anyio.CancelScope() as scope:
+                scope.cancel()
+                await listener.aclose()
+            await listener.aclose()
+            with pytest.raises((anyio.EndOfStream, anyio.BrokenResourceError)):
+                await stranger.receive()
+            with pytest.raises(ConnectionLost):
+                await believed.receive([memoryview(bytearray(1))])
+        with pytest.raises(TransportError, match="the listener was closed"):
+            await listener.accept()
+
+
+async def test_a_listener_that_could_not_accept_says_so_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = written(tmp_path, issued("source")), written(tmp_path, issued("target"))
+    real = SocketListener.accept_socket
+    failures = [TransportError("no descriptor is free")]
+
+    async def accept(listener: SocketListener) -> tuple[socket.socket, str]:
+        if failures:
+            raise failures.pop()
+        return await real(listener)
+
+    monkeypatch.setattr(SocketListener, "accept_socket", accept)
+    async with time_limit(), listen("tls:127.0.0.1:0", Options(credentials=target, silent=True)) as listener:
+        with pytest.raises(TransportError, match="no descriptor is free"):
+            await listener.accept()
+        async with connect(listener.address, Options(credentials=source)), await listener.accept():
+            pass
 
 
 # ---- the stream
