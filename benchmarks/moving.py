@@ -33,6 +33,8 @@ class End:
     address: str = "tcp:127.0.0.1:0"
     """Where a target listens."""
     backend: Backend = "asyncio"
+    certificates: str = ""
+    """A folder of `vfiostream cert`, for a link that needs one."""
     memory: int = 0
     """Bytes of memory of a reference device in this process; 0 for a device without."""
     region: int = 16 * MIB

@@ -184,11 +184,11 @@ def refuse_direct_access(patch: pytest.MonkeyPatch, call: str) -> None:
 
 @pytest.mark.parametrize(
     "address",
-    ["", "tcp", "tcp:", "unix:", "file:", "quic:host:1", "TCP:host:1", ":1", "file:a\0b", "tcp:ho\0st:1", "/a/path"],
+    ["", "tcp", "tcp:", "unix:", "file:", "quick:host:1", "TCP:host:1", ":1", "file:a\0b", "tcp:ho\0st:1", "/a/path"],
 )
 async def test_what_is_no_address_is_refused_with_a_list_of_what_is(address: str) -> None:
     for opening in (connect, listen):
-        with pytest.raises(UsageError, match=r"tcp:HOST:PORT, unix:PATH, file:PATH"):
+        with pytest.raises(UsageError, match=r"tcp:HOST:PORT, tls:HOST:PORT, quic:HOST:PORT, unix:PATH, file:PATH"):
             async with opening(address):
                 pass
 
@@ -198,7 +198,7 @@ async def test_what_is_no_address_is_refused_with_a_list_of_what_is(address: str
     [
         "tcp:host",
         "tcp:host:",
-        "tcp::7000",
+        "tcp:7000",
         "tcp:host:65536",
         "tcp:host:-1",
         "tcp:host:port",
@@ -216,6 +216,36 @@ async def test_malformed_tcp_addresses(address: str) -> None:
         with pytest.raises(UsageError, match=r"brackets"):
             async with opening(address):
                 pass
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "[::]", "192.0.2.1"])
+async def test_who_knows_no_one_listens_for_this_host_only(host: str) -> None:
+    with pytest.raises(
+        UsageError, match="tcp: knows no one; listen at tls:, .* or at a loopback address, or .*--plain"
+    ):
+        async with listen(f"tcp:{host}:0"):
+            pass
+
+
+async def test_unless_the_network_is_trusted() -> None:
+    async with time_limit(), listen("tcp:0.0.0.0:0", Options(plain=True)) as listener:
+        assert re.fullmatch(r"tcp:0\.0\.0\.0:[0-9]+", listener.address)
+        async with connect(listener.address.replace("0.0.0.0", "127.0.0.1")), await listener.accept():
+            pass
+
+
+async def test_no_host_is_the_loopback() -> None:
+    async with time_limit(), listen("tcp::0") as listener:
+        assert re.fullmatch(r"tcp:127\.0\.0\.1:[0-9]+", listener.address)
+        async with connect(f"tcp::{listener.address.rpartition(':')[2]}"), await listener.accept():
+            pass
+
+
+@pytest.mark.parametrize("address", ["unix:/tmp/x", "file:/tmp/x", "tls:127.0.0.1:0"])
+async def test_others_have_no_plain(address: str) -> None:
+    with pytest.raises(UsageError, match="has no plain"):
+        async with listen(address, Options(plain=True)):
+            pass
 
 
 async def test_port_0_is_for_listening_only() -> None:
