@@ -29,6 +29,7 @@ from vfiostream.devices.contract import Device
 from vfiostream.devices.four_region import FourRegionDevice
 from vfiostream.guest import PAGE_SIZE
 from vfiostream.policy import RoundReport, Verdict
+from vfiostream.transports.options import Options
 from vfiostream.vendor.device import ReferenceDevice
 from vfiostream.vendor.inprocess import InProcessAccess
 from vfiostream.vendor.settings import Settings as DeviceSettings
@@ -108,6 +109,7 @@ async def open_device(end: End) -> AsyncIterator[tuple[Device, ReferenceDevice |
 async def move(end: End) -> dict[str, Any]:
     settings = vfiostream.Settings(**end.settings)
     guest = make_guest(end)
+    bytearray(end.heap)
     async with open_device(end) as (device, reference):
         if end.does in ("receive", "restore"):
             seen = await take(end, device, guest, settings)
@@ -127,7 +129,7 @@ async def give(end: End, device: Device, guest: LastRound, settings: vfiostream.
         async with vfiostream.connect(address) as file:
             summary = await vfiostream.save(device, file, guest=guest, policy=policy, settings=settings)
     else:
-        async with vfiostream.connect(address) as transport:
+        async with vfiostream.connect(address, Options(**end.options)) as transport:
             began, cpu = monotonic(), process_time()
             summary = await vfiostream.send(device, transport, guest=guest, policy=policy, settings=settings)
     return measured(summary, began, cpu) | {"first_round": policy.throughput}
@@ -140,7 +142,7 @@ async def take(end: End, device: Device, guest: LastRound, settings: vfiostream.
         began, cpu = monotonic(), process_time()
         async with vfiostream.listen(address) as folder, await folder.accept() as file:
             return measured(await vfiostream.restore(file, device, guest=guest, settings=settings), began, cpu)
-    async with vfiostream.listen(end.address) as listener:
+    async with vfiostream.listen(end.address, Options(**end.options)) as listener:
         say({"address": listener.address})
         async with await listener.accept() as transport:
             began, cpu = monotonic(), process_time()
