@@ -48,12 +48,13 @@ from vfiostream.errors import (
     SourceStuck,
     StreamError,
 )
-from vfiostream.pipeline import frames as frames_module, outbound as outbound_module, target as target_module
+from vfiostream.pipeline import outbound as outbound_module, target as target_module
 from vfiostream.pipeline.budget import Budget, Lease
 from vfiostream.pipeline.frames import Pace
 from vfiostream.pipeline.progress import Progress, Summary
 from vfiostream.policy import RoundReport, Verdict
 from vfiostream.protocol.framing import PREFIX_SIZE
+from vfiostream.transports.contract import Transport
 from vfiostream.uapi.four_region import State
 from vfiostream.vendor.inprocess import InProcessAccess
 from vfiostream.vendor.settings import OPERATIONS, Fault, Operation
@@ -66,8 +67,7 @@ exhaustive = pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
 @pytest.fixture(autouse=True)
 def no_long_goodbyes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last words of an end that gave up may take as long as they need, to somebody who does not listen too."""
-    for module in (frames_module, outbound_module):
-        monkeypatch.setattr(module, "LINGER", 0.5)
+    monkeypatch.setattr(Transport, "linger", 0.5)
 
 
 async def undisturbed() -> World:
@@ -102,7 +102,7 @@ async def test_a_loss_at_every_frame(kind: Callable[[int], Interference]) -> Non
 async def test_a_link_that_stalls_at_every_frame_can_be_left(monkeypatch: pytest.MonkeyPatch) -> None:
     # Nobody takes any last words here.
     monkeypatch.setattr(outbound_module, "GRACE", 0.02)
-    monkeypatch.setattr(frames_module, "LINGER", 0.02)
+    monkeypatch.setattr(Transport, "linger", 0.02)
     plain = await undisturbed()
     for direction, frames in (("out", plain.source.link.frames), ("back", plain.target.link.frames)):
         for frame in frames[:-1]:

@@ -23,8 +23,6 @@ from vfiostream.transports.contract import Transport
 
 log = logging.getLogger("vfiostream.pipeline")
 
-LINGER = 2.0
-"""Seconds that a side which gave up goes on reading, so that its last words are not lost to a reset."""
 LOOKAHEAD = 4096
 """Bytes that may come ahead of the frame that is read: some headers' worth, and little to copy where it is payload."""
 
@@ -201,11 +199,11 @@ async def read_reply(transport: Transport, session: SourceSession) -> Record | N
 
 async def part(transport: Transport, last_words: Sequence[Buffer] = ()) -> None:
     """Say ``last_words`` (a frame) and that nothing more comes, then read and forget what still does: a link that is
-    closed with unread bytes is reset, and the peer then never reads what we said last. Takes :data:`LINGER` seconds at
-    most, and raises nothing: what can't be said is only logged.
+    closed with unread bytes is reset, and the peer then never reads what we said last. Takes ``transport.linger``
+    seconds at most, and raises nothing: what can't be said is only logged.
     """
     scrap = memoryview(bytearray(64 * 1024))
-    with anyio.move_on_after(LINGER):
+    with anyio.move_on_after(transport.linger):
         try:
             await transport.send(last_words)
             await transport.finish()

@@ -26,7 +26,7 @@ from vfiostream.buffers import Buffer
 from vfiostream.errors import ConnectionLost
 from vfiostream.pipeline.adaptive import Adaptive, Choice, Choices, Fixed
 from vfiostream.pipeline.budget import Budget, Lease
-from vfiostream.pipeline.frames import LINGER, Pace
+from vfiostream.pipeline.frames import Pace
 from vfiostream.pipeline.progress import Progress
 from vfiostream.pipeline.settings import Settings
 from vfiostream.pipeline.workers import Workers
@@ -98,7 +98,7 @@ class Outbound:
         self._settings = settings
         self._progress = progress
         self._pace = Pace(settings.max_bandwidth)
-        self.budget = Budget(settings.budget, settings.chunk)
+        self.budget = Budget(settings.budget - transport.keeps, settings.chunk)
         self.compressors = Workers(Compressor, COMPRESSORS)
         self._choices: Choices | None = None
         self.content = 0
@@ -298,7 +298,7 @@ class Outbound:
             await self.hand_over(frame)
         except ConnectionLost:
             # The target may have said why before it closed: the listener finds that, and all is called off.
-            with anyio.move_on_after(LINGER if self._transport.answers else 0):
+            with anyio.move_on_after(self._transport.linger if self._transport.answers else 0):
                 await anyio.sleep_forever()
             raise
         self.moved_at = monotonic()

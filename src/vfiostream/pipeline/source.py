@@ -168,7 +168,14 @@ class Source:
     async def _greet(self) -> None:
         frame = self._session.send(self._hello)
         with anyio.move_on_after(self._settings.patience) as scope:
-            await self._line.hand_over(frame)
+            try:
+                await self._line.hand_over(frame)
+            except ConnectionLost:
+                # Whoever refuses us says why before it closes: that is read below, if it came.
+                if not self._transport.answers:
+                    raise
+                await self._refused()
+                raise
             if not self._transport.answers:
                 return
             match await read_reply(self._transport, self._session):
@@ -185,6 +192,17 @@ class Source:
             f"{self._transport.address}: nobody answered within {self._settings.patience:g} s; "
             "is `vfiostream receive` running there, and free?"
         )
+
+    async def _refused(self) -> None:
+        """Raise what the target said before the link was lost, if it said anything."""
+        with anyio.move_on_after(self._transport.linger):
+            try:
+                answer = await read_reply(self._transport, self._session)
+            except ConnectionLost as lost:
+                log.debug("%s", lost)
+                return
+            if isinstance(answer, Abort):
+                raise PeerAborted(answer.code, answer.reason)
 
     # ---- during: the task group
 
@@ -481,12 +499,15 @@ class Source:
         try:
             with anyio.fail_after(self._settings.patience):
                 await self._line.hand_over(frame)
-            with anyio.fail_after(2 * self._settings.patience):
-                answer = await read_reply(self._transport, self._session)
         except (TimeoutError, VfiostreamError) as error:
             if isinstance(error, TransportError) and error.taken == 0:
                 self._committed = False
                 raise
+            raise OutcomeUnknown(unknown) from error
+        try:
+            with anyio.fail_after(2 * self._settings.patience):
+                answer = await read_reply(self._transport, self._session)
+        except (TimeoutError, VfiostreamError) as error:
             raise OutcomeUnknown(unknown) from error
         match answer:
             case Abort() if answer.stopped:

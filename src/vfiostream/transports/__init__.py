@@ -2,7 +2,7 @@
 
 The module of a scheme is imported when an address names it, so nobody pays for a transport he does not use. Such a
 module has ``connect(address, options)`` and ``listen(address, options)``, both async context managers, which get the
-whole address and check its rest.
+whole address and check its rest, and ``OPTIONS``, the names of the options it knows.
 """
 
 from __future__ import annotations
@@ -24,17 +24,21 @@ _SCHEMES = {
 
 
 class _SchemeModule(Protocol):
+    OPTIONS: frozenset[str]
+
     def connect(self, address: str, options: Options) -> AbstractAsyncContextManager[Transport]: ...
 
     def listen(self, address: str, options: Options) -> AbstractAsyncContextManager[Listener]: ...
 
 
-def _module_of(address: str) -> _SchemeModule:
+def _module_of(address: str, options: Options) -> _SchemeModule:
     scheme, _, rest = address.partition(":")
     if scheme not in _SCHEMES or not rest or "\0" in rest:
         known = ", ".join(form for form, _ in _SCHEMES.values())
         raise UsageError(f"{address!r} is not an address; write one of {known}")
-    return cast(_SchemeModule, importlib.import_module(_SCHEMES[scheme][1]))
+    module = cast(_SchemeModule, importlib.import_module(_SCHEMES[scheme][1]))
+    options.only(address, *getattr(module, "OPTIONS", ()))
+    return module
 
 
 @asynccontextmanager
@@ -44,7 +48,8 @@ async def connect(address: str, options: Options | None = None) -> AsyncIterator
     Raises :class:`~vfiostream.errors.UsageError` for what is not an address, or has not what ``options`` ask for, and
     :class:`~vfiostream.errors.TransportError` when it can't be opened.
     """
-    async with _module_of(address).connect(address, options or Options()) as transport:
+    options = options or Options()
+    async with _module_of(address, options).connect(address, options) as transport:
         yield transport
 
 
@@ -53,5 +58,6 @@ async def listen(address: str, options: Options | None = None) -> AsyncIterator[
     """Open ``address`` to receive from it; raises as :func:`connect` does. A file is opened by ``accept``. What was
     accepted lives until it is closed, and no longer than the context.
     """
-    async with _module_of(address).listen(address, options or Options()) as listener:
+    options = options or Options()
+    async with _module_of(address, options).listen(address, options) as listener:
         yield listener

@@ -110,7 +110,9 @@ class PolledTransport(Transport):
 
     @abstractmethod
     def _write(self, buffers: Sequence[Buffer]) -> int:
-        """Take what can go now, at least one byte, or raise BlockingIOError; the next call may offer other bytes."""
+        """Take what can go now, at least one byte, or raise BlockingIOError; the next call may offer other bytes. Where
+        it raises, none of these bytes may go out later: what a library has got is taken, its failure comes next time.
+        """
 
     @abstractmethod
     def _read(self, into: Sequence[memoryview]) -> int:
@@ -159,13 +161,13 @@ class PolledTransport(Transport):
             self._check_open()
             try:
                 count = self.offer(buffers)
+                if count:
+                    return count
+                await self.room()
             except TransportError as error:
                 self._torn = True
                 error.taken = taken
                 raise
-            if count:
-                return count
-            await self.room()
 
     async def receive(self, into: Sequence[memoryview], least: int = 1) -> int:
         self._check_open()

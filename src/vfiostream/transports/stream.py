@@ -27,6 +27,8 @@ from vfiostream.transports.polled import PolledTransport
 
 logger = logging.getLogger("vfiostream.transport")
 
+OPTIONS: frozenset[str] = frozenset()
+
 KEEPALIVE_IDLE = 10
 """Seconds without a sign of life after which the kernel asks the peer for one."""
 KEEPALIVE_INTERVAL = 5
@@ -142,7 +144,6 @@ class SocketListener(Listener):
 @asynccontextmanager
 async def connect(address: str, options: Options) -> AsyncIterator[Transport]:
     """Connect to whoever listens at ``address``; of a host with several addresses, the first that answers."""
-    options.only(address)
     try:
         with anyio.fail_after(options.timeout):
             transport = await _connect(address)
@@ -198,7 +199,6 @@ async def listen(address: str, options: Options) -> AsyncIterator[Listener]:
 
     A UNIX socket that nobody listens on any more is replaced. Only its owner may connect to the new one.
     """
-    options.only(address)
     async with await _listen(address) as listener:
         yield listener
 
