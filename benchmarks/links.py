@@ -52,16 +52,22 @@ class Kind:
     """Settings that differ from the kernel's own."""
 
 
-TCP = "tcp:{}:0"
+TCP, TLS, QUIC = "tcp:{}:0", "tls:{}:0", "quic:{}:0"
+FOUR = {"channels": 4}
 BBR = {"net.ipv4.tcp_congestion_control": "bbr"}
 LARGE_BUFFERS = {"net.ipv4.tcp_rmem": "4096 131072 67108864", "net.ipv4.tcp_wmem": "4096 65536 67108864"}
 KINDS: dict[str, Kind] = {
     "TCP": Kind(TCP),
+    "TCP, 4 channels": Kind(TCP, FOUR),
+    "TLS": Kind(TLS),
+    "TLS, 4 channels": Kind(TLS, FOUR),
+    "QUIC": Kind(QUIC),
     "TCP, BBR": Kind(TCP, kernel=BBR),
     "TCP, large buffers": Kind(TCP, kernel=LARGE_BUFFERS),
     "TCP, BBR, large buffers": Kind(TCP, kernel={**BBR, **LARGE_BUFFERS}),
 }
-IN_GRID = ("TCP",)
+"""The simpler before those that need more; and last what needs settings of the hosts."""
+IN_GRID = ("TCP", "TCP, 4 channels", "TLS, 4 channels", "QUIC")
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,8 +204,6 @@ def away(plan: Plan) -> Iterator[dict[str, Any]]:
 
 
 def _pairs(plan: Plan, link: Link, ours: str, theirs: str, must: float) -> Iterator[Row]:
-    if not {ours, theirs} <= KINDS.keys():
-        return
     size = MIB if plan.quick else size_for(link)
     rounds, _ = rounds_of(Visit(link, (ours, theirs), size), 1 if plan.quick else max(plan.pairs, 5))
     yield compare(
