@@ -36,6 +36,8 @@ STOOD = 1.0
 """Seconds without a look at the clock that make a round worthless."""
 ATTEMPTS = 4
 """At one round."""
+LONGEST = 90
+"""Seconds for one move: a guest in which one hangs is given up."""
 GUESTS = 2
 """At a time, where the link is slow enough to leave processors idle."""
 
@@ -93,11 +95,11 @@ def size_for(link: Link) -> int:
     trip = 2 * link.delay / 1e3 + 3e-4
     most = (1e9 if link.rate is None else link.rate * 1e6) / 8
     # Of a connection of the kernel's own buffers, and of one that loses packets (Mathis et al., 1997). Such a one is
-    # given longer, as it begins without a loss.
-    expected, lasts = min(most, 4e6 / trip), 6
+    # given longer, as most of its first seconds are without a loss.
+    size = 6 * min(most, 4e6 / trip)
     if link.loss:
-        expected, lasts = min(expected, 1.2 * 1448 / trip / math.sqrt(link.loss / 100)), 12
-    return int(min(max(MIB, 2 ** round(math.log2(lasts * expected))), 256 * MIB))
+        size = min(size, 18 * 1.2 * 1448 / trip / math.sqrt(link.loss / 100))
+    return int(min(max(MIB, 2 ** round(math.log2(size))), 256 * MIB))
 
 
 def rounds_of(visit: Visit, number: int) -> tuple[list[dict[str, Run]], int]:
@@ -120,11 +122,12 @@ def rounds_of(visit: Visit, number: int) -> tuple[list[dict[str, Run]], int]:
 
 def _boot(visit: Visit) -> dict[str, Run]:
     BUILD.mkdir(parents=True, exist_ok=True)
+    limit = str(60 + LONGEST * len(visit.kinds))
     with TemporaryDirectory(prefix="links-", dir=BUILD) as folder:
         told = subprocess.run(
             ["scripts/test-kernel", "--run", ".venv/bin/python", "-m", "benchmarks.inside", json.dumps(asdict(visit))],
             cwd=ROOT,
-            env={**os.environ, "VFIOSTREAM_KERNEL_RESULTS": folder},
+            env={**os.environ, "VFIOSTREAM_KERNEL_RESULTS": folder, "VFIOSTREAM_KERNEL_TIMEOUT": limit},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
