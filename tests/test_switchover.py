@@ -48,6 +48,7 @@ from vfiostream.errors import (
     StreamError,
     TransportError,
 )
+from vfiostream.pipeline.bandwidth import Bandwidth
 from vfiostream.pipeline.progress import Summary
 from vfiostream.policy import RoundReport, Verdict
 from vfiostream.transports.contract import Transport
@@ -626,7 +627,7 @@ async def test_row_21_what_the_source_s_own_driver_takes_does_not_count() -> Non
 
 async def test_row_21_a_slow_link_is_not_one_that_hangs() -> None:
     async with world() as made:
-        slow = replace(HASTY, max_bandwidth=2 * 64 * 1024 / HASTY.patience)
+        slow = replace(HASTY, bandwidth=Bandwidth(switchover=2 * 64 * 1024 / HASTY.patience))
 
         class DirtyAtTheEnd:
             """As good as everything is sent twice, the second time with the source stopped."""

@@ -10,6 +10,7 @@ import click
 from vfiostream import checkpoint, transports
 from vfiostream.checkpoint import Contents
 from vfiostream.cli import options
+from vfiostream.cli.control import answer_at
 from vfiostream.cli.describe import description_document, description_lines
 from vfiostream.cli.exits import Exit
 from vfiostream.cli.report import Result
@@ -32,10 +33,11 @@ _file = click.argument("file", type=option_type(parse_file_address))
 @_file
 @options.guest_memory
 @options.policy
-@options.settings("max_bandwidth", "chunk", "budget", compression=0)
+@options.settings("bandwidth", "chunk", "budget", compression=0)
 @options.order
 @options.device_timeout
 @options.recordings
+@options.control
 @click.option("--force", is_flag=True, help="Replace a file that exists, once the new one is whole.")
 @options.progress
 def save(
@@ -48,6 +50,7 @@ def save(
     device_timeout: float,
     recordings: options.Recordings,
     force: bool,
+    control: str | None,
     output: Output,
 ) -> Exit:
     """Write a checkpoint of DEVICE, which runs on.
@@ -59,6 +62,7 @@ def save(
     ((_, recording),) = recordings.of(device)
 
     async def work(run: Run) -> None:
+        await answer_at(run, control, settings.bandwidth)
         run.follow()
         with Guest.open(memory) as guest:
             async with await open_device(device, order=order, timeout=device_timeout, recording=recording) as opened:
@@ -79,6 +83,7 @@ def save(
 @options.settings("budget")
 @options.device_timeout
 @options.recordings
+@options.control
 @options.progress
 def restore(
     file: str,
@@ -87,6 +92,7 @@ def restore(
     settings: Settings,
     device_timeout: float,
     recordings: options.Recordings,
+    control: str | None,
     output: Output,
 ) -> Exit:
     """Load a checkpoint into DEVICE, and let it run.
@@ -98,6 +104,7 @@ def restore(
     ((_, recording),) = recordings.of(device)
 
     async def work(run: Run) -> None:
+        await answer_at(run, control)
         run.follow()
         with Guest.open(memory) as guest:
             async with await open_device(device, timeout=device_timeout, recording=recording) as opened:

@@ -50,6 +50,11 @@ def parse_rate(text: str) -> int:
     return parse_size(text.removesuffix("/s"))
 
 
+def parse_limit(text: str) -> int | None:
+    """Bytes a second of ``text``, or None for ``none``; raises ValueError."""
+    return None if text == "none" else parse_rate(text)
+
+
 def parse_time(text: str) -> float:
     """Seconds of ``text``, such as ``300ms`` or ``1.5s``; raises ValueError."""
     match = _AMOUNT.fullmatch(text)

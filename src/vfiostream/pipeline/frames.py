@@ -5,7 +5,6 @@ frames.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -211,20 +210,3 @@ async def part(transport: Transport, last_words: Sequence[Buffer] = ()) -> None:
                 pass
         except VfiostreamError as error:
             log.debug("parting from %s: %s", transport.address, error)
-
-
-class Pace:
-    """Spreads bytes over time: at most ``rate`` bytes a second, without saving up for later."""
-
-    def __init__(self, rate: float | None) -> None:
-        self._rate = rate
-        self._free_at = -math.inf
-
-    async def wait(self, size: int) -> None:
-        """Wait until ``size`` more bytes may go."""
-        if self._rate is None:
-            return
-        now = anyio.current_time()
-        if self._free_at > now:
-            await anyio.sleep_until(self._free_at)
-        self._free_at = max(self._free_at, now) + size / self._rate

@@ -1,4 +1,4 @@
-"""Transports by address: ``tcp:HOST:PORT``, ``unix:PATH``, ``file:PATH``.
+"""Transports by address: ``tcp:HOST:PORT``, ``tls:HOST:PORT``, ``unix:PATH``, ``file:PATH``.
 
 The module of a scheme is imported when an address names it, so nobody pays for a transport he does not use. Such a
 module has ``connect(address, options)`` and ``listen(address, options)``, both async context managers, which get the
@@ -18,6 +18,7 @@ from vfiostream.transports.options import Options
 
 _SCHEMES = {
     "tcp": ("tcp:HOST:PORT", "vfiostream.transports.stream"),
+    "tls": ("tls:HOST:PORT", "vfiostream.transports.tls"),
     "unix": ("unix:PATH", "vfiostream.transports.stream"),
     "file": ("file:PATH", "vfiostream.transports.file"),
 }
@@ -31,12 +32,20 @@ class _SchemeModule(Protocol):
     def listen(self, address: str, options: Options) -> AbstractAsyncContextManager[Listener]: ...
 
 
+def missing(error: ModuleNotFoundError, what: str, extra: str) -> UsageError:
+    """What to raise where ``what`` needs a package that comes with an ``extra`` only."""
+    return UsageError(f"{what}: this needs {error.name}, which is not installed; install vfiostream[{extra}]")
+
+
 def _module_of(address: str, options: Options) -> _SchemeModule:
     scheme, _, rest = address.partition(":")
     if scheme not in _SCHEMES or not rest or "\0" in rest:
         known = ", ".join(form for form, _ in _SCHEMES.values())
         raise UsageError(f"{address!r} is not an address; write one of {known}")
-    module = cast(_SchemeModule, importlib.import_module(_SCHEMES[scheme][1]))
+    try:
+        module = cast(_SchemeModule, importlib.import_module(_SCHEMES[scheme][1]))
+    except ModuleNotFoundError as error:
+        raise missing(error, address, scheme) from error
     options.only(address, *getattr(module, "OPTIONS", ()))
     return module
 
