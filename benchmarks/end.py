@@ -15,6 +15,8 @@ import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
 from time import monotonic, process_time
 from typing import Any
 
@@ -29,6 +31,7 @@ from vfiostream.devices.contract import Device
 from vfiostream.devices.four_region import FourRegionDevice
 from vfiostream.guest import PAGE_SIZE
 from vfiostream.policy import RoundReport, Verdict
+from vfiostream.transports.credentials import Credentials
 from vfiostream.transports.options import Options
 from vfiostream.vendor.device import ReferenceDevice
 from vfiostream.vendor.inprocess import InProcessAccess
@@ -129,7 +132,7 @@ async def give(end: End, device: Device, guest: LastRound, settings: vfiostream.
         async with vfiostream.connect(address) as file:
             summary = await vfiostream.save(device, file, guest=guest, policy=policy, settings=settings)
     else:
-        async with vfiostream.connect(address, Options(**end.options)) as transport:
+        async with vfiostream.connect(address, link(end)) as transport:
             began, cpu = monotonic(), process_time()
             summary = await vfiostream.send(device, transport, guest=guest, policy=policy, settings=settings)
     return measured(summary, began, cpu) | {"first_round": policy.throughput}
@@ -142,11 +145,20 @@ async def take(end: End, device: Device, guest: LastRound, settings: vfiostream.
         began, cpu = monotonic(), process_time()
         async with vfiostream.listen(address) as folder, await folder.accept() as file:
             return measured(await vfiostream.restore(file, device, guest=guest, settings=settings), began, cpu)
-    async with vfiostream.listen(end.address, Options(**end.options)) as listener:
+    async with vfiostream.listen(end.address, link(end)) as listener:
         say({"address": listener.address})
         async with await listener.accept() as transport:
             began, cpu = monotonic(), process_time()
             return measured(await vfiostream.receive(device, transport, guest=guest, settings=settings), began, cpu)
+
+
+def link(end: End) -> Options:
+    """How the link is opened."""
+    options = Options(**end.options, plain=end.does == "receive" and not end.certificates)
+    if not end.certificates:
+        return options
+    folder, side = Path(end.certificates), "target" if end.does == "receive" else "source"
+    return replace(options, credentials=Credentials(folder / f"{side}.pem", folder / f"{side}.key", folder / "ca.pem"))
 
 
 def measured(summary: vfiostream.Summary, began: float, cpu: float) -> dict[str, Any]:

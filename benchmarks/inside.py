@@ -5,12 +5,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import monotonic
 
 from benchmarks.hosts import Link, Network, network
@@ -82,7 +84,11 @@ def main() -> None:
     visit = Visit.of(json.loads(sys.argv[1]))
     clock = Clock()
     runs = {}
-    with network() as hosts:
+    with network() as hosts, TemporaryDirectory() as folder:
+        certificates = f"{folder}/certificates"
+        if any(KINDS[name].encrypted for name in visit.kinds):
+            make = [sys.executable, "-m", "vfiostream", "cert", certificates, "--name", hosts.address]
+            subprocess.run(make, stdout=subprocess.DEVNULL, check=True)
         for name in visit.kinds:
             kind = KINDS[name]
             hosts.set({**AS_IT_COMES, **kind.kernel})
@@ -93,6 +99,7 @@ def main() -> None:
                 memory=visit.size,
                 region=min(visit.size, 16 * MIB),
                 options=dict(kind.options),
+                certificates=certificates if kind.encrypted else "",
                 heap=HEAP,
             )
             away = going_away(hosts, visit.link, visit.size // 2, visit.away) if visit.away else nullcontext()

@@ -53,6 +53,10 @@ class Kind:
     kernel: Mapping[str, str] = field(default_factory=dict)
     """Settings that differ from the kernel's own."""
 
+    @property
+    def encrypted(self) -> bool:
+        return not self.address.startswith("tcp:")
+
 
 TCP, TLS, QUIC = "tcp:{}:0", "tls:{}:0", "quic:{}:0"
 FOUR = {"channels": 4}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from benchmarks.links import KINDS
 from benchmarks.moving import ROOT
 from benchmarks.page import comparisons, failures, machine, number
 from benchmarks.pairs import spread
@@ -44,16 +45,12 @@ def render(result: Result) -> str:
 def take(line: Mapping[str, Any], *, encrypted: bool) -> str:
     """The kind to take: the simplest that moves :data:`ENOUGH` of what the fastest does. They stand in that order."""
     speeds: dict[str, float] = {
-        kind: _speed(line, kind) for kind in line["seconds"] if not encrypted or is_encrypted(kind)
+        kind: _speed(line, kind) for kind in line["seconds"] if not encrypted or KINDS[kind].encrypted
     }
     if not speeds:
         return "-"
     best = max(speeds.values())
     return next(kind for kind, speed in speeds.items() if speed >= ENOUGH * best)
-
-
-def is_encrypted(kind: str) -> bool:
-    return not kind.startswith("TCP")
 
 
 def _unhindered(line: Mapping[str, Any]) -> str:

@@ -50,7 +50,9 @@ class End:
     settings: dict[str, Any] = field(default_factory=dict)
     """Of the library."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Of the transport."""
+    """Of the transport; but for the credentials."""
+    certificates: str = ""
+    """The folder that ``vfiostream cert`` made; empty for a link that is not encrypted."""
     heap: int = 0
     """Bytes of the heap that were touched before: where malloc gives nothing back and a first touch takes long, as in a
     User-Mode Linux.

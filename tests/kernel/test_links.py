@@ -35,7 +35,20 @@ class Way:
     send: tuple[str, ...] = ()
 
 
-WAYS = {"tcp": Way("tcp:{}:0")}
+def shown(side: str) -> tuple[str, ...]:
+    """Options with the certificate of a side, and of who signed the other's."""
+    folder = f"{{certificates}}/{side}"
+    return ("--cert", f"{folder}.pem", "--key", f"{folder}.key", "--ca", "{certificates}/ca.pem")
+
+
+WAYS = {
+    "tcp": Way("tcp:{}:0", ("--plain",)),
+    "tls": Way("tls:{}:0", shown("target"), shown("source")),
+}
+
+
+USUAL = ("tcp", "quic")
+"""The rest takes as long, and is run when it is asked for: conftest.py."""
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +64,21 @@ def hosts(two_hosts: Network) -> Iterator[Network]:
     two_hosts.shape(Link())
 
 
-@pytest.fixture(params=list(WAYS))
-def way(request: pytest.FixtureRequest) -> Way:
-    return WAYS[request.param]
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("links") / "certificates"
+    make = [SCRIPT, "cert", str(folder), "--name", Network.address]
+    subprocess.run(make, stdout=subprocess.DEVNULL, check=True, timeout=PATIENCE)
+    return folder
+
+
+@pytest.fixture(params=[name if name in USUAL else pytest.param(name, marks=pytest.mark.thorough) for name in WAYS])
+def way(request: pytest.FixtureRequest, certificates: Path) -> Way:
+    made = WAYS[request.param]
+    receive, send = (
+        tuple(word.format(certificates=certificates) for word in words) for words in (made.receive, made.send)
+    )
+    return Way(made.address, receive, send)
 
 
 @pytest.fixture(params=["group", "node"])
