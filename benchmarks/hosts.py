@@ -3,7 +3,7 @@
 Each host is a network namespace, and so is the network: packets are delayed, lost and queued where they leave it, on
 both of its sides, and never inside a host. So a sender's own kernel does not know what becomes of them, as it would
 where netem is a queue of the host's. What leaves a host is cut into packets of the MTU, TCP's and UDP's large ones
-alike: netem would lose or hold up such a large one as a whole.
+alike: netem would lose or hold up such a large one as a whole. What reaches a host is joined, where it comes at once.
 """
 
 from __future__ import annotations
@@ -114,6 +114,7 @@ def network() -> Iterator[Network]:
             _run(
                 "ip", "link", "add", f"{name}0", "netns", name, "type", "veth", "peer", "name", outside, "netns", "net"
             )
+            _run("ip", "netns", "exec", name, "ethtool", "-K", f"{name}0", "gro", "on")
             for space, device, host in ((name, f"{name}0", 1), ("net", outside, 2)):
                 _run("ip", "netns", "exec", space, "ethtool", "-K", device, "tso", "off", "tx-udp-segmentation", "off")
                 _run("ip", "-n", space, "address", "add", f"10.5.{number}.{host}/24", "dev", device)

@@ -67,7 +67,7 @@ def hosts(two_hosts: Network) -> Iterator[Network]:
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("links") / "certificates"
-    make = [SCRIPT, "cert", str(folder), "--name", Network.address]
+    make = [str(SCRIPT), "cert", str(folder), "--name", Network.address]
     subprocess.run(make, stdout=subprocess.DEVNULL, check=True, timeout=PATIENCE)
     return folder
 
