@@ -15,7 +15,6 @@ import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 from time import monotonic, process_time
 from typing import Any
@@ -31,8 +30,6 @@ from vfiostream.devices.contract import Device
 from vfiostream.devices.four_region import FourRegionDevice
 from vfiostream.guest import PAGE_SIZE
 from vfiostream.policy import RoundReport, Verdict
-from vfiostream.transports.credentials import Credentials
-from vfiostream.transports.options import Options
 from vfiostream.vendor.device import ReferenceDevice
 from vfiostream.vendor.inprocess import InProcessAccess
 from vfiostream.vendor.settings import Settings as DeviceSettings
@@ -110,9 +107,11 @@ async def open_device(end: End) -> AsyncIterator[tuple[Device, ReferenceDevice |
 
 
 async def move(end: End) -> dict[str, Any]:
+    if end.core is not None:
+        os.sched_setaffinity(0, {end.core})
     settings = vfiostream.Settings(**end.settings)
     guest = make_guest(end)
-    bytearray(end.heap)
+    bytearray(end.heap)  # and gone again: it is the memory that stays
     async with open_device(end) as (device, reference):
         if end.does in ("receive", "restore"):
             seen = await take(end, device, guest, settings)
@@ -121,6 +120,15 @@ async def move(end: End) -> dict[str, Any]:
         seen["digest"] = digest(guest, reference)
     guest.close()
     return seen
+
+
+def link_options(end: End) -> vfiostream.Options:
+    channels = end.channels if end.does == "send" else 1
+    if not end.certificates:
+        return vfiostream.Options(channels=channels, plain=end.does == "receive" and end.address.startswith("tcp:"))
+    folder, name = Path(end.certificates), "source" if end.does == "send" else "target"
+    credentials = vfiostream.Credentials(folder / f"{name}.pem", folder / f"{name}.key", folder / "ca.pem")
+    return vfiostream.Options(channels=channels, credentials=credentials)
 
 
 async def give(end: End, device: Device, guest: LastRound, settings: vfiostream.Settings) -> dict[str, Any]:
@@ -132,7 +140,7 @@ async def give(end: End, device: Device, guest: LastRound, settings: vfiostream.
         async with vfiostream.connect(address) as file:
             summary = await vfiostream.save(device, file, guest=guest, policy=policy, settings=settings)
     else:
-        async with vfiostream.connect(address, link(end)) as transport:
+        async with vfiostream.connect(address, link_options(end)) as transport:
             began, cpu = monotonic(), process_time()
             summary = await vfiostream.send(device, transport, guest=guest, policy=policy, settings=settings)
     return measured(summary, began, cpu) | {"first_round": policy.throughput}
@@ -145,20 +153,11 @@ async def take(end: End, device: Device, guest: LastRound, settings: vfiostream.
         began, cpu = monotonic(), process_time()
         async with vfiostream.listen(address) as folder, await folder.accept() as file:
             return measured(await vfiostream.restore(file, device, guest=guest, settings=settings), began, cpu)
-    async with vfiostream.listen(end.address, link(end)) as listener:
+    async with vfiostream.listen(end.address, link_options(end)) as listener:
         say({"address": listener.address})
         async with await listener.accept() as transport:
             began, cpu = monotonic(), process_time()
             return measured(await vfiostream.receive(device, transport, guest=guest, settings=settings), began, cpu)
-
-
-def link(end: End) -> Options:
-    """How the link is opened."""
-    options = Options(**end.options, plain=end.does == "receive" and not end.certificates)
-    if not end.certificates:
-        return options
-    folder, side = Path(end.certificates), "target" if end.does == "receive" else "source"
-    return replace(options, credentials=Credentials(folder / f"{side}.pem", folder / f"{side}.key", folder / "ca.pem"))
 
 
 def measured(summary: vfiostream.Summary, began: float, cpu: float) -> dict[str, Any]:

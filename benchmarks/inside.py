@@ -98,7 +98,7 @@ def main() -> None:
                 address=kind.address.format(hosts.address),
                 memory=visit.size,
                 region=min(visit.size, 16 * MIB),
-                options=dict(kind.options),
+                channels=kind.channels,
                 certificates=certificates if kind.encrypted else "",
                 heap=HEAP,
             )

@@ -48,8 +48,7 @@ class Kind:
 
     address: str
     """Where the target listens, with a place for the host."""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """Of the transport."""
+    channels: int = 1
     kernel: Mapping[str, str] = field(default_factory=dict)
     """Settings that differ from the kernel's own."""
 
@@ -59,14 +58,13 @@ class Kind:
 
 
 TCP, TLS, QUIC = "tcp:{}:0", "tls:{}:0", "quic:{}:0"
-FOUR = {"channels": 4}
 BBR = {"net.ipv4.tcp_congestion_control": "bbr"}
 LARGE_BUFFERS = {"net.ipv4.tcp_rmem": "4096 131072 67108864", "net.ipv4.tcp_wmem": "4096 65536 67108864"}
 KINDS: dict[str, Kind] = {
     "TCP": Kind(TCP),
-    "TCP, 4 channels": Kind(TCP, FOUR),
+    "TCP, 4 channels": Kind(TCP, 4),
     "TLS": Kind(TLS),
-    "TLS, 4 channels": Kind(TLS, FOUR),
+    "TLS, 4 channels": Kind(TLS, 4),
     "QUIC": Kind(QUIC),
     "TCP, BBR": Kind(TCP, kernel=BBR),
     "TCP, large buffers": Kind(TCP, kernel=LARGE_BUFFERS),
