@@ -107,8 +107,11 @@ async def open_device(end: End) -> AsyncIterator[tuple[Device, ReferenceDevice |
 
 
 async def move(end: End) -> dict[str, Any]:
+    if end.core is not None:
+        os.sched_setaffinity(0, {end.core})
     settings = vfiostream.Settings(**end.settings)
     guest = make_guest(end)
+    bytearray(end.heap)  # and gone again: it is the memory that stays
     async with open_device(end) as (device, reference):
         if end.does in ("receive", "restore"):
             seen = await take(end, device, guest, settings)
@@ -120,12 +123,12 @@ async def move(end: End) -> dict[str, Any]:
 
 
 def link_options(end: End) -> vfiostream.Options:
+    channels = end.channels if end.does == "send" else 1
     if not end.certificates:
-        return vfiostream.Options()
+        return vfiostream.Options(channels=channels, plain=end.does == "receive" and end.address.startswith("tcp:"))
     folder, name = Path(end.certificates), "source" if end.does == "send" else "target"
-    return vfiostream.Options(
-        credentials=vfiostream.Credentials(folder / f"{name}.pem", folder / f"{name}.key", folder / "ca.pem")
-    )
+    credentials = vfiostream.Credentials(folder / f"{name}.pem", folder / f"{name}.key", folder / "ca.pem")
+    return vfiostream.Options(channels=channels, credentials=credentials)
 
 
 async def give(end: End, device: Device, guest: LastRound, settings: vfiostream.Settings) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from benchmarks.row import Row, compare, processor_time
 from vfiostream.transports.certificates import make_pair
 
 REGIONS = (16 * MIB, 4 * MIB, MIB)
+CHANNELS = (4, 16)
 BACKENDS: Sequence[Backend] = ("asyncio", "uvloop", "trio")
 
 
@@ -140,6 +141,32 @@ def tls(plan: Plan) -> Iterator[Row]:
     yield from processor_time(rounds, "ours", "OpenSSL, s_client to s_server", path=path, must=1.0)
 
 
+def channels(plan: Plan) -> Iterator[Row]:
+    """Several connections against one, each side on a core of its own and no other."""
+    with plan.folder() as folder:
+        for name, address in (("TCP", "tcp:127.0.0.1:0"), ("UNIX socket", f"unix:{folder / 'link'}")):
+            for backend in BACKENDS:
+                rounds = plan.rounds(
+                    {
+                        f"{count} channels": partial(_on_a_core_each, plan, address, backend, count)
+                        for count in (1, *CHANNELS)
+                    }
+                )
+                for count in CHANNELS:
+                    yield compare(
+                        rounds,
+                        f"{count} channels",
+                        "1 channels",
+                        path=f"{name}, guest memory only, a core a side, {backend}",
+                        must=1.0 if count == 4 else None,
+                    )
+
+
+def _on_a_core_each(plan: Plan, address: str, backend: Backend, channels: int) -> Run:
+    source = End("send", address, backend, guest=plan.size, channels=channels, core=0, settings={"chunk": plan.chunk})
+    return move(source, replace(source, does="receive", core=1)).run
+
+
 def quic(plan: Plan) -> Iterator[Row]:
     """Ours has a device at both ends, checks what arrives, and puts it where it belongs; the others throw it away."""
     plain, found, large = "ngtcp2, server to client", "qh3 alone", "qh3 alone, datagrams of 9000 bytes"
@@ -234,6 +261,7 @@ MEASUREMENTS = (
     fresh_target,
     unix_socket,
     tls,
+    channels,
     quic,
     event_loops,
     own_processes,

@@ -28,7 +28,7 @@ COMMANDS = {
     "check": ("vfiostream.cli.check", "Say whether SOURCE can move, and whether it can go into TARGET; moves nothing."),
     "describe": ("vfiostream.cli.check", "Print what another host has to know of DEVICE to check it; for a file."),
     "record": ("vfiostream.cli.record", "Look at what --record wrote."),
-    "cert": ("vfiostream.cli.cert", "Make certificates for both ends of a tls: link."),
+    "cert": ("vfiostream.cli.cert", "Make certificates for both ends of a tls: or quic: link."),
     "devices": ("vfiostream.cli.devices", "List the devices of this host that could move, and what is in the way."),
     "conformance": (
         "vfiostream.cli.conformance",

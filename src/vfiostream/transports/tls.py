@@ -14,7 +14,9 @@ signed, so pinning needs pyOpenSSL. Invariants:
 
 from __future__ import annotations
 
+import errno
 import logging
+import select
 import socket
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Sequence
@@ -27,24 +29,28 @@ from OpenSSL import SSL
 from vfiostream.buffers import Buffer
 from vfiostream.errors import ConnectionLost, PeerRefused, TransportError, UsageError
 from vfiostream.transports import stream
+from vfiostream.transports.arrivals import arrivals
 from vfiostream.transports.background import Background, background
+from vfiostream.transports.channel import Signal
 from vfiostream.transports.contract import Listener, Transport
 from vfiostream.transports.credentials import Credentials, required
-from vfiostream.transports.options import Options
+from vfiostream.transports.joining import joined
+from vfiostream.transports.options import MAX_CHANNELS, Options
+from vfiostream.transports.polled import PolledTransport
 from vfiostream.transports.stream import WAKE_AT, SocketListener, SocketTransport
 from vfiostream.transports.tls_trust import GREETING, REFUSED_BY_US, Judge, Trouble, context_of, is_ip, reason_of
 
 logger = logging.getLogger("vfiostream.transport")
 
-OPTIONS = frozenset({"credentials"})
+OPTIONS = frozenset({"credentials", "channels", "silent"})
 
 HANDSHAKE_TIMEOUT = 10.0
 """Seconds that a handshake may take."""
-STRANGERS = 32
+STRANGERS = 2 * MAX_CHANNELS
 """Handshakes that a listener carries on at a time; a further one takes the place of the oldest, so that those who
 connect and say nothing can't keep the right sender out.
 """
-WAITING = 64
+WAITING = 2 * MAX_CHANNELS
 """Believed senders that may wait to be accepted."""
 RECORD = 16384
 """Bytes of content in a record at most (RFC 8446, 5.1)."""
@@ -85,7 +91,7 @@ async def _handshake(
     except BaseException:
         sock.close()
         raise
-    return TlsTransport(sock, address, connection, trouble)
+    return TlsTransport(sock, address, connection, judge, trouble)
 
 
 async def _until_done(step: Callable[[], object], sock: socket.socket) -> None:
@@ -128,13 +134,18 @@ class TlsTransport(SocketTransport):
     keeps = 4 * RECORD
     """One record that comes, and one that goes, sealed and as it was."""
 
-    def __init__(self, sock: socket.socket, address: str, connection: SSL.Connection, trouble: Trouble) -> None:
+    def __init__(
+        self, sock: socket.socket, address: str, connection: SSL.Connection, judge: Judge, trouble: Trouble
+    ) -> None:
         super().__init__(sock, address)
+        self.peer = judge.fingerprint
         self._connection = connection
         self._trouble = trouble
         self._rest = b""
         """Content of the record that OpenSSL has sealed and the kernel has not taken whole."""
         self._problem: TransportError | None = None
+        self._end_of_socket = select.poll()
+        self._end_of_socket.register(sock, 0)
 
     @property
     def holds(self) -> bool:
@@ -163,6 +174,9 @@ class TlsTransport(SocketTransport):
     def _flush(self) -> None:
         """Hand over what was sealed, or raise BlockingIOError."""
         self._check_unbroken()
+        if self._end_of_socket.poll(0):
+            # After a write that failed OpenSSL would not give what the peer said before it was gone.
+            raise self._trouble.lost(errno.ECONNRESET, "sending")
         try:
             while self._rest:
                 self._rest = self._rest[self._connection.send(self._rest) :]
@@ -219,6 +233,7 @@ class TlsTransport(SocketTransport):
         except SSL.Error as error:
             raise self._broken(error, "finishing") from error
         self._torn = False
+        await super()._end()  # Wakes a reader who waits for more than the few bytes of close_notify.
 
     def _broken(self, error: SSL.Error, doing: str) -> TransportError:
         self._problem = self._trouble.of(error, doing)
@@ -268,10 +283,11 @@ class TlsListener(Listener):
         self._greeting: dict[anyio.CancelScope, socket.socket] = {}
         """Handshakes, the oldest first."""
         self._believed: deque[TlsTransport] = deque()
-        self._news = anyio.Event()
+        self._news = Signal()
         self._closed = False
         self._problem: TransportError | None = None
-        """Why nobody is accepted any more."""
+        """Why nobody is accepted until somebody has been told."""
+        self._told = Signal()
 
     async def accept(self) -> Transport:
         await anyio.lowlevel.checkpoint()
@@ -281,16 +297,17 @@ class TlsListener(Listener):
             if self._believed:
                 return self._believed.popleft()
             if self._problem is not None:
-                raise TransportError(*self._problem.args) from self._problem
-            if self._news.is_set():
-                self._news = anyio.Event()
+                problem, self._problem = self._problem, None
+                self._told.give()
+                raise problem
             await self._news.wait()
 
     async def aclose(self) -> None:
         if self._closed:
             return
         self._closed = True
-        self._news.set()
+        self._news.give()
+        self._told.give()
         for scope in self._greeting:
             scope.cancel()
         await self._sockets.aclose()
@@ -299,13 +316,14 @@ class TlsListener(Listener):
 
     async def greet(self, tasks: Background) -> None:
         """Take in whoever connects until the listener is closed."""
-        while True:
+        while not self._closed:
             try:
                 sock, address = await self._sockets.accept_socket()
             except TransportError as error:
                 self._problem = error
-                self._news.set()
-                return
+                self._news.give()
+                await self._told.wait()
+                continue
             carried_on = [scope for scope in self._greeting if not scope.cancel_called]
             if len(carried_on) >= STRANGERS:
                 carried_on[0].cancel()
@@ -319,7 +337,7 @@ class TlsListener(Listener):
                 transport = await _handshake(sock, self._context, self._credentials, address, host=None)
                 if len(self._believed) < WAITING:
                     self._believed.append(transport)
-                    self._news.set()
+                    self._news.give()
                 else:
                     logger.warning("%s: too many senders wait already; it was let go", address)
                     await transport.aclose()
@@ -344,14 +362,13 @@ async def connect(address: str, options: Options) -> AsyncIterator[Transport]:
     credentials = required(options.credentials, address)
     context = context_of(credentials)
     host, _ = stream.host_and_port(address)
-    try:
-        with anyio.fail_after(options.timeout):
-            sock = await stream.connect_socket(address)
-            transport = await _handshake(sock, context, credentials, address, host=host)
-    except TimeoutError as error:
-        raise stream.no_answer(address, options) from error
-    async with transport:
-        yield transport
+
+    async def dial() -> PolledTransport:
+        sock = await stream.connect_socket(address)
+        return await _handshake(sock, context, credentials, address, host=host)
+
+    async with joined(address, options, dial) as link:
+        yield link
 
 
 @asynccontextmanager
@@ -362,8 +379,8 @@ async def listen(address: str, options: Options) -> AsyncIterator[Listener]:
     async with await stream.listen_socket(address, trusted=True) as sockets:
         listener = TlsListener(sockets, context, credentials, options)
         try:
-            async with background() as tasks, listener:
+            async with background() as tasks, arrivals(listener, options) as senders:
                 tasks.start_soon(listener.greet, tasks)
-                yield listener
+                yield senders
         finally:
             listener.discard()
