@@ -58,6 +58,15 @@ class TestQuic(LinkContract):
         return linked(self.options)
 
 
+class TestChannelsOfQuic(LinkContract):
+    @pytest.fixture(autouse=True)
+    def _options(self, options: Options) -> None:
+        self.options = replace(options, channels=3, silent=False)
+
+    def pair(self) -> Any:
+        return linked(self.options)
+
+
 # ---- who is believed
 
 
@@ -75,7 +84,7 @@ async def test_who_is_not_believed_moves_nothing(case: Case, tmp_path: Path) -> 
 
 async def test_somebody_in_between_is_noticed(options: Options, tmp_path: Path) -> None:
     """The handshake within is passed on to the right listener, by somebody who has a certificate of the same CA."""
-    false = Options(credentials=written(tmp_path, issued("in between")))
+    false = Options(credentials=written(tmp_path, issued("in between")), silent=True)
     async with time_limit(), listen("quic:127.0.0.1:0", false) as listener:
         answerer = listener._answerer  # type: ignore[attr-defined]
         answerer._context = tls_trust.context_of(options.credentials)  # type: ignore[arg-type]
@@ -195,6 +204,8 @@ async def test_what_is_no_quic_disturbs_nobody(options: Options) -> None:
             for data in foreign:
                 sock.sendto(data, target)
 
+            before = real
+
             def meddle(data: bytes) -> bool:
                 """Before each datagram, the one before: again, changed, and cut."""
                 nonlocal before
@@ -205,7 +216,6 @@ async def test_what_is_no_quic_disturbs_nobody(options: Options) -> None:
                 before = data
                 return True
 
-            before = real
             between.passes = meddle
             async with connect(between.address, options) as sender, await listener.accept() as receiver:
                 async with anyio.create_task_group() as tasks:
@@ -281,7 +291,7 @@ async def test_certificates_that_are_pinned(tmp_path: Path) -> None:
     source, target = issued("source", ca=1), issued("target", ca=2)
     here = written(tmp_path, source, None, peer_fingerprints=(target.fingerprint,))
     there = written(tmp_path, target, None, peer_fingerprints=(source.fingerprint,))
-    async with time_limit(), listen("quic:127.0.0.1:0", Options(credentials=there)) as listener:
+    async with time_limit(), listen("quic:127.0.0.1:0", Options(credentials=there, silent=True)) as listener:
         async with connect(listener.address, Options(credentials=here)) as sender:
             async with await listener.accept() as receiver:
                 await send_all(sender, [[b"it is us"]])
@@ -526,10 +536,3 @@ async def test_several_streams_of_one_connection(options: Options, callers: list
                 tasks.start_soon(take, await listener.accept())
                 tasks.start_soon(send_all, sender, [[bytes([number])], [NOISE[number:]]])
     assert received == {bytes([number]): NOISE[number:] for number in range(count)}
-
-
-@pytest.mark.parametrize("count", [0, 17])
-async def test_how_many_streams_there_may_be(count: int, options: Options) -> None:
-    with pytest.raises(UsageError, match="1 to 16 streams"):
-        async with quic.connect_many("quic:127.0.0.1:7000", options, count):
-            pass

@@ -23,9 +23,10 @@ from vfiostream.errors import PeerRefused, TransportError, UsageError
 from vfiostream.transports.background import background
 from vfiostream.transports.contract import Transport
 from vfiostream.transports.credentials import Credentials, required
+from vfiostream.transports.joining import joined
 from vfiostream.transports.options import Options
 from vfiostream.transports.polled import PolledTransport
-from vfiostream.transports.quic_connection import MOST_STREAMS, Connection
+from vfiostream.transports.quic_connection import WINDOW, Connection
 from vfiostream.transports.quic_endpoint import (
     ETHERNET_DATAGRAM,
     SAFE_DATAGRAM,
@@ -36,7 +37,7 @@ from vfiostream.transports.quic_endpoint import (
 )
 from vfiostream.transports.quic_listen import listen
 from vfiostream.transports.quic_peer import Handshake
-from vfiostream.transports.stream import host_and_port, no_answer
+from vfiostream.transports.stream import host_and_port
 from vfiostream.transports.tls_trust import context_of
 from vfiostream.transports.udp import Address, Here, UdpSocket
 
@@ -44,7 +45,7 @@ __all__ = ["OPTIONS", "connect", "connect_many", "listen"]
 
 logger = logging.getLogger("vfiostream.transport")
 
-OPTIONS = frozenset({"credentials"})
+OPTIONS = frozenset({"credentials", "channels", "silent"})
 
 LARGE_DATAGRAM = 9000
 """Bytes of a datagram that are worth having: larger ones fill the kernel's batches worse and moved less on loopback."""
@@ -138,26 +139,29 @@ class _Caller(Endpoint):
 
 @asynccontextmanager
 async def connect(address: str, options: Options) -> AsyncIterator[Transport]:
-    """Connect to whoever listens at ``address``, over one stream."""
-    async with connect_many(address, options, 1) as streams:
-        yield streams[0]
+    """Connect to whoever listens at ``address``; each channel is a stream of one connection."""
+    async with _called(address, options) as connection:
+
+        async def dial() -> PolledTransport:
+            return connection.open(WINDOW // options.channels)
+
+        async with joined(address, options, dial) as link:
+            yield link
 
 
 @asynccontextmanager
 async def connect_many(address: str, options: Options, count: int) -> AsyncIterator[Sequence[PolledTransport]]:
-    """Connect to whoever listens at ``address``, over ``count`` streams of one connection. The listener's ``accept``
-    gives each of them, in the same order.
+    """Connect to whoever listens at ``address``, over ``count`` streams of one connection, 1 to
+    :data:`~vfiostream.transports.options.MAX_CHANNELS`. The listener gets each of them, in any order.
     """
-    credentials = required(options.credentials, address)
-    if not 0 < count <= MOST_STREAMS:
-        raise UsageError(f"{address}: a connection has 1 to {MOST_STREAMS} streams; ask for so many")
-    async with _called(address, options, credentials) as connection:
-        yield connection.open(count)
+    async with _called(address, options) as connection:
+        yield [connection.open(WINDOW // count) for _ in range(count)]
 
 
 @asynccontextmanager
-async def _called(address: str, options: Options, credentials: Credentials) -> AsyncIterator[Connection]:
+async def _called(address: str, options: Options) -> AsyncIterator[Connection]:
     """A connection to the first host of ``address`` that answers; with large datagrams, where they arrive."""
+    credentials = required(options.credentials, address)
     context = context_of(credentials)
     host, port = host_and_port(address)
     if port == 0:
@@ -245,7 +249,9 @@ async def _introduced(caller: _Caller, call: _Call) -> None:
         if call.large and left > LARGE_TRIED:
             logger.debug("%s: large datagrams do not arrive", call.address)
             raise _TooLarge from error
-        raise no_answer(call.address, call.options) from error
+        raise TransportError(
+            f"{call.address}: nobody answered within {call.options.timeout:g} s; check the address and the network"
+        ) from error
 
 
 def _caller_quic(call: _Call, size: int) -> tuple[QuicConnection, bytes | None]:
