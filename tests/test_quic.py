@@ -477,6 +477,20 @@ async def is_lost(link: Transport) -> bool:
     return False
 
 
+async def test_who_has_read_all_may_leave_before_the_end(options: Options) -> None:
+    async with time_limit(), linked(options) as (sender, receiver):
+        await sender.send([b"all of it"])
+        assert await receive_exactly(receiver, 9) == b"all of it"
+        await receiver.aclose()
+        await sender.finish()
+    async with time_limit(), linked(options) as (sender, receiver):
+        await sender.send([b"all of it"])
+        assert await receive_exactly(receiver, 3) == b"all"
+        await receiver.aclose()
+        with pytest.raises(ConnectionLost):
+            await sender.finish()
+
+
 # ---- bounds
 
 

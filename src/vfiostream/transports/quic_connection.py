@@ -67,6 +67,8 @@ class Kind(enum.IntEnum):
     """The stream was read up to the position."""
     ARRIVED = 3
     """All of the stream has arrived."""
+    LEFT = 4
+    """The stream was read up to the position, and nobody reads on. QUIC's own STOP_SENDING would not come in order."""
 
 
 class Connection:
@@ -220,6 +222,9 @@ class Connection:
     def consumed(self, stream: QuicStream) -> None:
         self._tell(Kind.READ, stream.number, stream.read)
 
+    def left(self, stream: QuicStream) -> None:
+        self._tell(Kind.LEFT, stream.number, stream.read)
+
     @property
     def under_way(self) -> bool:
         """Whether something that was sent has not arrived, as far as is known, and still may."""
@@ -255,9 +260,6 @@ class Connection:
                 raise StreamError("stream 0", "was broken off")
             if stream := self.streams.get(event.stream_id):
                 stream.break_off()
-        elif isinstance(event, quic_events.StopSendingReceived):
-            if stream := self.streams.get(event.stream_id):
-                stream.stop()
         elif isinstance(event, quic_events.ConnectionIdIssued):
             self._known[event.connection_id] = self
         elif isinstance(event, quic_events.ConnectionIdRetired):
@@ -372,6 +374,10 @@ class Connection:
             raise StreamError("a record", "names a stream that is not open")
         if kind == Kind.READ:
             stream.read_there(position)
+        elif kind == Kind.LEFT:
+            stream.read_there(position)
+            stream.stop()
+            self._notify()
         elif kind == Kind.ARRIVED:
             stream.arrived_there()
             self._notify()
