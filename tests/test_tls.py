@@ -495,6 +495,10 @@ async def test_a_damaged_record_is_no_content(tmp_path: Path) -> None:
         for _ in range(2):
             with pytest.raises(TransportError, match="failed in TLS"):
                 await receiver.receive([memoryview(bytearray(1))])
+        for _ in range(2):
+            with pytest.raises(TransportError, match="the other end has ended TLS") as caught:
+                await sender.receive([memoryview(bytearray(1))])
+            assert not isinstance(caught.value, PeerRefused)  # Trying again may help.
 
 
 # ---- what is asked for
