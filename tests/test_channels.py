@@ -59,6 +59,16 @@ class TestFourOverTcp(LinkContract):
         return linked("tcp:127.0.0.1:0", 4)
 
 
+class TestOneThatReconnects(LinkContract):
+    def pair(self) -> Any:
+        return linked("tcp:127.0.0.1:0", 1, reconnect=5)
+
+
+class TestFourThatReconnect(LinkContract):
+    def pair(self) -> Any:
+        return linked("tcp:127.0.0.1:0", 4, reconnect=5)
+
+
 class SmallBuffers(LinkContract):
     """Sockets that hold little: a segment is taken in many parts, and all channels are in use."""
 

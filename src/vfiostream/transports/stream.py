@@ -16,6 +16,7 @@ import socket
 import stat
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 
 import anyio
 import anyio.lowlevel
@@ -24,13 +25,13 @@ from vfiostream.buffers import Buffer
 from vfiostream.errors import TransportError, UsageError
 from vfiostream.transports.arrivals import arrivals
 from vfiostream.transports.contract import Listener, Transport
-from vfiostream.transports.joining import joined
+from vfiostream.transports.joining import joined, side_by_side
 from vfiostream.transports.options import MAX_CHANNELS, Options
 from vfiostream.transports.polled import PolledTransport
 
 logger = logging.getLogger("vfiostream.transport")
 
-OPTIONS = frozenset({"plain", "channels", "silent"})
+OPTIONS = frozenset({"plain", "channels", "reconnect", "silent"})
 
 KEEPALIVE_IDLE = 10
 """Seconds without a sign of life after which the kernel asks the peer for one."""
@@ -160,7 +161,7 @@ async def connect(address: str, options: Options) -> AsyncIterator[Transport]:
     async def dial() -> PolledTransport:
         return SocketTransport(await connect_socket(address), address)
 
-    async with joined(address, options, dial) as link:
+    async with joined(address, options, partial(side_by_side, address, options.timeout, dial)) as link:
         yield link
 
 
@@ -213,7 +214,7 @@ async def listen(address: str, options: Options) -> AsyncIterator[Listener]:
     everybody may: so it has to be one of the loopback, unless ``options.plain`` says that the network is trusted.
     """
     if address.startswith("unix:"):
-        options.only(address, "channels", "silent")
+        options.only(address, "channels", "reconnect", "silent")
     async with arrivals(await listen_socket(address, trusted=options.plain), options) as listener:
         yield listener
 
