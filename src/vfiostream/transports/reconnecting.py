@@ -156,14 +156,26 @@ class ReconnectingTransport(Transport):
                         await self.changed()
                     tasks.cancel_scope.cancel()
                 if self._closed and not self._writing:
-                    with anyio.move_on_after(GOODBYE_WITHIN):
-                        await inner.send([Head(0, 0, Kind.GONE).pack()])
-                        await inner.finish()
-                        self.said_goodbye = True
+                    await self._say_goodbye(inner)
             except TransportError as error:
                 logger.debug("%s: %s", self.address, error)
             finally:
                 self.lose(inner, "another took its place")
+
+    async def _say_goodbye(self, inner: Transport) -> None:
+        """Tell the other end that the link is given up, and wait until it has closed: it would not hear it otherwise,
+        if we close with something unread.
+        """
+        scrap = memoryview(bytearray(SMALL))
+        with anyio.move_on_after(GOODBYE_WITHIN):
+            await inner.send([Head(0, 0, Kind.GONE).pack()])
+            await inner.finish()
+            try:
+                while await inner.receive([scrap]):
+                    pass
+            except ConnectionLost as error:
+                logger.debug("%s", error)
+            self.said_goodbye = True
 
     async def _resume(self, inner: Transport) -> None:
         raw = bytearray(HEAD_SIZE)
@@ -371,7 +383,7 @@ class ReconnectingTransport(Transport):
                     if count:
                         self._kept.append(space[:count])
                         self.notify()
-            if self._left or self._ended:
+            if self._left:
                 await self._consumed.wait()
 
     def _from_kept(self, into: Sequence[memoryview]) -> int:
