@@ -9,14 +9,30 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from benchmarks import compression, delta, devices, files, leaves, machine, network, page, plots, scaling, switchover
+from benchmarks import (
+    compression,
+    delta,
+    devices,
+    files,
+    leaves,
+    links,
+    links_page,
+    machine,
+    network,
+    page,
+    plots,
+    scaling,
+    switchover,
+)
 from benchmarks.moving import ROOT
 from benchmarks.plan import BUILD, CannotRun, Plan
 from benchmarks.result import FOLDER, Group, Result, newest
 from benchmarks.row import Row
 
-Measurement = Callable[[Plan], Iterator[Row]]
+Measurement = Callable[[Plan], Iterator[Row | dict[str, Any]]]
+"""Gives rows, and lines of a table of its group's own."""
 
 GROUPS: dict[str, Sequence[Measurement]] = {
     "network": network.MEASUREMENTS,
@@ -26,8 +42,11 @@ GROUPS: dict[str, Sequence[Measurement]] = {
     "leaves": leaves.MEASUREMENTS,
     "scaling": scaling.MEASUREMENTS,
     "switchover": switchover.MEASUREMENTS,
-    "delta": (),
+    "delta": delta.MEASUREMENTS,
+    "links": links.MEASUREMENTS,
 }
+"""Shown in docs/performance.md, but for the last, which boots Linux many times: docs/transports.md has it."""
+UNASKED = [name for name in GROUPS if name != "links"]
 
 
 def main() -> int:
@@ -44,7 +63,7 @@ def main() -> int:
     )
     # What is not whole, or not measured for long enough, is kept from the page of the repository.
     folder = BUILD / "only" if options.only else BUILD / "quick" if plan.quick else FOLDER
-    for name in options.groups or GROUPS:
+    for name in options.groups or UNASKED:
         result.groups[name] = _run(name, plan, options.only)
         kept = result.write(folder)  # after each, so that what has been measured is not lost
     print(f"\nkept in {kept}")
@@ -77,19 +96,15 @@ def _run(name: str, plan: Plan, only: str | None) -> Group:
             continue
         print(f"\n{name}: {measurement.__name__.replace('_', ' ')}", flush=True)
         try:
-            for row in measurement(plan):
-                group.rows.append(row)
-                _show(row)
+            for found in measurement(plan):
+                if isinstance(found, Row):
+                    group.rows.append(found)
+                    _show(found)
+                else:
+                    group.table.append(found)
+                    print(f"  {found}", flush=True)
         except CannotRun as error:
             _failed(group, f"{measurement.__name__.replace('_', ' ')}: {error}")
-    if name == "delta":
-        print("\ndelta", flush=True)
-        try:
-            for line in delta.table(plan):
-                group.table.append(line)
-                print(f"  {line}", flush=True)
-        except CannotRun as error:
-            _failed(group, f"delta: {error}")
     return group
 
 
@@ -108,11 +123,17 @@ def _show(row: Row) -> None:
 def _render(results: Path, where: Path) -> None:
     """Show the newest of each group that is kept in ``results``."""
     groups = newest(Result.read(file) for file in results.glob("*.json"))
+    if (found := groups.pop("links", None)) is not None:
+        _put(links_page.PAGE if results == FOLDER else where.with_name("transports.md"), links_page.render(found))
     rows = [row for name in GROUPS if name in groups for row in groups[name].groups[name].rows]
     drawn = plots.draw(rows, where.parent / where.stem)
+    _put(where, page.render(groups, {title: f"{where.stem}/{file.name}" for title, file in drawn.items()}))
+
+
+def _put(where: Path, part: str) -> None:
     if not where.exists():
         where.write_text(f"{page.BEGIN}\n{page.END}\n")
-    page.put(where, page.render(groups, {title: f"{where.stem}/{file.name}" for title, file in drawn.items()}))
+    page.put(where, part)
     print(f"rendered {where.relative_to(ROOT) if where.is_relative_to(ROOT) else where}")
 
 

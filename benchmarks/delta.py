@@ -249,3 +249,6 @@ def _cost(way: Way, pairs: list[tuple[bytes, bytes]], delta: bool) -> Cost:
     content = sum(len(new) for new, _ in pieces)
     wire = sum(min(len(frame), len(new)) for frame, (new, _) in both)  # what does not shrink goes as it is
     return Cost(sending / content * 1e9, wire / content, receiving / content * 1e9)
+
+
+MEASUREMENTS = (table,)

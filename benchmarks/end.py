@@ -111,6 +111,7 @@ async def move(end: End) -> dict[str, Any]:
         os.sched_setaffinity(0, {end.core})
     settings = vfiostream.Settings(**end.settings)
     guest = make_guest(end)
+    bytearray(end.heap)  # and gone again: it is the memory that stays
     async with open_device(end) as (device, reference):
         if end.does in ("receive", "restore"):
             seen = await take(end, device, guest, settings)
@@ -124,7 +125,7 @@ async def move(end: End) -> dict[str, Any]:
 def link_options(end: End) -> vfiostream.Options:
     channels = end.channels if end.does == "send" else 1
     if not end.certificates:
-        return vfiostream.Options(channels=channels)
+        return vfiostream.Options(channels=channels, plain=end.does == "receive" and end.address.startswith("tcp:"))
     folder, name = Path(end.certificates), "source" if end.does == "send" else "target"
     credentials = vfiostream.Credentials(folder / f"{name}.pem", folder / f"{name}.key", folder / "ca.pem")
     return vfiostream.Options(channels=channels, credentials=credentials)

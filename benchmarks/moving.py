@@ -7,7 +7,7 @@ import mmap
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -55,6 +55,10 @@ class End:
     """The only one that this side may use; None for all."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Of the library."""
+    heap: int = 0
+    """Bytes of the heap that were touched before: where malloc gives nothing back and a first touch takes long, as in a
+    User-Mode Linux.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +84,22 @@ class Moved:
         )
 
 
-def move(source: End, target: End | None = None, *, watch: bool = False) -> Moved:
+def move(
+    source: End,
+    target: End | None = None,
+    *,
+    watch: bool = False,
+    at: tuple[Sequence[str], Sequence[str]] = ((), ()),
+) -> Moved:
     """Move what ``source`` has to ``target``, its like where none is given; checks that all arrived. With ``watch``,
-    memory is sampled meanwhile. Raises :class:`CannotRun`.
+    memory is sampled meanwhile. ``at`` are the words that run a program where source and target are to be. Raises
+    :class:`CannotRun`.
     """
     target = target or replace(source, does="receive", file="", last_round=0)
     with ExitStack() as stack:
-        receiving, sending = (stack.enter_context(_process(end)) for end in (target, source))
+        receiving, sending = (
+            stack.enter_context(_process(end, where)) for end, where in ((target, at[1]), (source, at[0]))
+        )
         address = _line(receiving, target)["address"]
         _line(sending, source)
         if target.guest and not target.populated:
@@ -128,8 +141,8 @@ def reference_device(socket: Path, *options: str) -> Iterator[None]:
         yield
 
 
-def _process(end: End) -> AbstractContextManager[subprocess.Popen[str]]:
-    return _running([sys.executable, "-m", "benchmarks.end", json.dumps(asdict(end))])
+def _process(end: End, where: Sequence[str] = ()) -> AbstractContextManager[subprocess.Popen[str]]:
+    return _running([*where, sys.executable, "-m", "benchmarks.end", json.dumps(asdict(end))])
 
 
 @contextmanager

@@ -50,7 +50,7 @@ def render(newest: Mapping[str, Result], plots: Mapping[str, str]) -> str:
         parts += [f"### {title}", f"![{title}]({file})"]
     machines = {tuple(result.machine.items()): result for result in newest.values()}
     for result in sorted(machines.values(), key=lambda result: result.when):
-        parts += [f"### The machine on {result.when[:10]} at {result.when[11:16]}", _machine(result.machine)]
+        parts += [f"### The machine on {result.when[:10]} at {result.when[11:16]}", machine(result.machine)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -62,21 +62,23 @@ def _source(result: Result) -> str:
 
 
 def _group(group: Group) -> list[str]:
-    parts = []
-    if group.rows:
-        head = "| path | against | must reach | ratio: median | quartiles | least..most | ours | theirs | verdict |"
-        parts.append("\n".join([head, "|---" * 9 + "|", *(_line(row) for row in group.rows)]))
-        notes = [
-            f"- {row.path}{' against ' + row.against if row.against else ''}: {row.note}."
-            for row in group.rows
-            if row.note
-        ]
-        if notes:
-            parts.append("\n".join(notes))
+    parts = comparisons(group.rows)
     if group.table:
         parts.append(_delta(group.table))
-    parts += [f"**Could not run:** {failure}" for failure in group.failures]
-    return parts
+    return parts + failures(group)
+
+
+def comparisons(rows: Sequence[Row]) -> list[str]:
+    """The table of ``rows``, if there are any, and what is to be said of them."""
+    if not rows:
+        return []
+    head = "| path | against | must reach | ratio: median | quartiles | least..most | ours | theirs | verdict |"
+    notes = [f"- {row.path}{' against ' + row.against if row.against else ''}: {row.note}." for row in rows if row.note]
+    return ["\n".join([head, "|---" * 9 + "|", *(_line(row) for row in rows)]), *(["\n".join(notes)] if notes else [])]
+
+
+def failures(group: Group) -> list[str]:
+    return [f"**Could not run:** {failure}" for failure in group.failures]
 
 
 def _line(row: Row) -> str:
@@ -87,9 +89,9 @@ def _line(row: Row) -> str:
         row.path,
         row.against or "-",
         must,
-        f"**{_number(seen.median)}**{unit}",
-        f"{_number(seen.first_quartile)} to {_number(seen.third_quartile)}",
-        f"{_number(seen.low)}..{_number(seen.high)}",
+        f"**{number(seen.median)}**{unit}",
+        f"{number(seen.first_quartile)} to {number(seen.third_quartile)}",
+        f"{number(seen.low)}..{number(seen.high)}",
         _figure(row.ours, row.unit),
         _figure(row.theirs, row.unit) if row.theirs else "-",
         row.verdict,
@@ -98,10 +100,10 @@ def _line(row: Row) -> str:
 
 
 def _figure(values: Sequence[float], unit: str) -> str:
-    return f"{_number(spread(values).median)} {unit}"
+    return f"{number(spread(values).median)} {unit}"
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """Three digits, and no exponent for what people read."""
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
 
@@ -129,5 +131,5 @@ def _delta_line(line: Mapping[str, Any]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _machine(machine: Mapping[str, str]) -> str:
-    return "\n".join(["| what | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in machine.items())])
+def machine(described: Mapping[str, str]) -> str:
+    return "\n".join(["| what | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in described.items())])

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
-from benchmarks import contents, delta, devices, leaves, machine, page, peers
+from benchmarks import contents, delta, devices, leaves, links_page, machine, page, peers
+from benchmarks.hosts import Link
+from benchmarks.links import KINDS, Visit, line, size_for
 from benchmarks.moving import Backend, End, move, store
 from benchmarks.pairs import Run, column, in_turn, spread
 from benchmarks.plan import MIB, PAGE, CannotRun, Plan
@@ -138,9 +141,60 @@ def test_the_page_changes_between_its_marks_only(tmp_path: Path) -> None:
         page.put(file, "new")
 
 
-def test_the_page_of_the_repository_has_its_marks() -> None:
-    text = page.PAGE.read_text()
+@pytest.mark.parametrize("which", [page.PAGE, links_page.PAGE])
+def test_the_pages_of_the_repository_have_their_marks(which: Path) -> None:
+    text = which.read_text()
     assert text.index(page.BEGIN) < text.index(page.END)
+
+
+# ---- links
+
+
+def moved(table: str, link: Link, away: float = 0.0, **seconds: float) -> dict[str, Any]:
+    """A line of a table: the time that each kind took, in two rounds that differ by a tenth."""
+    names = {kind.replace(",", "").replace(" ", "_"): kind for kind in KINDS}
+    runs = {names[name]: [Run(MIB, 0.95 * took), Run(MIB, 1.05 * took)] for name, took in seconds.items()}
+    rounds = [{kind: done[number] for kind, done in runs.items()} for number in range(2)]
+    return line(table, Visit(link, list(runs), MIB, away), rounds, 0)
+
+
+def test_a_visit_survives_being_told() -> None:
+    visit = Visit(Link(10, 1, 100, ("reorder", "5%")), ["TCP"], MIB, 5.0)
+    assert Visit.of(json.loads(json.dumps(asdict(visit)))) == visit
+
+
+def test_the_queue_of_a_link_holds_what_is_under_way_and_a_round_trip() -> None:
+    assert Link(10, 0.1, 120).netem == ["delay", "10ms", "rate", "120mbit", "loss", "0.1%", "limit", "300"]
+    assert Link(0.1, 0, 100).netem[-1] == "100"  # too few for TCP otherwise
+    assert Link().netem == ["limit", "100000"]
+
+
+def test_slow_links_are_given_little_to_move() -> None:
+    assert size_for(Link(100, 1, 1000)) == MIB
+    assert size_for(Link(10, 0, 100)) == 64 * MIB
+    assert size_for(Link(0.1, 0, 1000)) == 256 * MIB
+
+
+def test_the_simplest_is_taken_unless_another_is_clearly_faster() -> None:
+    close = moved("grid", Link(10, 0, 100), TCP=1.0, QUIC=0.95)
+    far = moved("grid", Link(100, 1, 100), TCP=1.0, QUIC=0.5)
+    for found, kind in ((close, "TCP"), (far, "QUIC")):
+        assert links_page.take(found, encrypted=False) == kind
+        assert links_page.take(found, encrypted=True) == "QUIC"
+
+
+def test_the_page_shows_links() -> None:
+    table = [
+        moved("unhindered", Link(), TCP=0.01),
+        moved("grid", Link(10, 0.1, 100), TCP=1.0),
+        moved("away", Link(10, 0, 100), TCP=1.0),
+        moved("away", Link(10, 0, 100), 5.0, TCP=7.5),
+    ]
+    shown = links_page.render(result("2026-01-02T03:04:05", links=Group([row()], ["QUIC: it is not here"], table)))
+    assert "| 10 ms | 0.1 % | 100 | 1 | **1.05** (0.999..1.1) | TCP | - |" in shown
+    assert "| TCP | 1.0 s | 7.5 s | 1.5 s |" in shown
+    assert "| reached |" in shown
+    assert "**Could not run:** QUIC: it is not here" in shown
 
 
 def test_plots_stand_still_and_are_the_same_each_time(tmp_path: Path) -> None:

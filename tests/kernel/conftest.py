@@ -19,6 +19,9 @@ THOROUGH = (
     "test_calls_out_of_order_are_refused_and_do_nothing",
     "test_what_ends_a_session_can_be_done_again",
     "test_whatever_happens_they_never_both_run",
+    # Links: it takes as long as they are bad.
+    "test_a_bad_link_for_long",
+    "test_a_link_that_is_away_for_long",
 )
 THOROUGH_BUT_ON_ASYNCIO = (
     # Each takes seconds, and is about the drivers.

@@ -1,15 +1,13 @@
-"""Whole migrations on a kernel's real VFIO: between devices, between network namespaces, with the command line."""
+"""Whole migrations on a kernel's real VFIO, from device to device in one process."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import struct
-import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeAlias, TypeVar
@@ -198,26 +196,7 @@ async def test_a_driver_refuses_the_version_of_a_newer_one(mdev: MakeMdev, addre
         assert await source.register(Register.STATE) == State.RUNNING
 
 
-# ---- the command line, between two network namespaces
-
-
-@pytest.fixture(scope="module")
-def hosts() -> Iterator[tuple[list[str], list[str], str]]:
-    """Two of them, with a link between: the words that run a program on each, and the address of the second."""
-
-    def ip(*words: str) -> None:
-        subprocess.run(["ip", *words], check=True)
-
-    with ExitStack() as undo:
-        for name in ("here", "there"):
-            ip("netns", "add", name)
-            undo.callback(ip, "netns", "delete", name)
-        ip("link", "add", "here0", "netns", "here", "type", "veth", "peer", "name", "there0", "netns", "there")
-        for name, number in (("here", 1), ("there", 2)):
-            ip("-n", name, "address", "add", f"10.5.0.{number}/24", "dev", f"{name}0")
-            ip("-n", name, "link", "set", f"{name}0", "up")
-            ip("-n", name, "link", "set", "lo", "up")
-        yield ["ip", "netns", "exec", "here"], ["ip", "netns", "exec", "there"], "10.5.0.2"
+# ---- for what runs in processes of its own
 
 
 def run(what: Coroutine[None, None, T]) -> T:
@@ -243,30 +222,3 @@ def fill(address: str, pattern: int) -> None:
             await board.fill(pattern)
 
     run(write())
-
-
-@pytest.mark.parametrize("kind", ["mtty-2", "four-region-16M"])
-def test_through_tcp_between_two_hosts(
-    mdev: MakeMdev, hosts: tuple[list[str], list[str], str], address: Address, kind: str, tmp_path: Path
-) -> None:
-    here, there, host = hosts
-    source, target = (address(mdev(kind)) for _ in range(2))
-    if kind != "mtty-2":
-        fill(source, 77)
-    for name in ("here", "there"):
-        (tmp_path / name).write_bytes(os.urandom(GUEST) if name == "here" else bytes(GUEST))
-    memory = [f"--guest-memory={IOVA:#x}={tmp_path / name}" for name in ("here", "there")]
-    receive = [*there, str(SCRIPT), "receive", "--plain", f"tcp:{host}:0", target, memory[1]]
-    with subprocess.Popen(receive, stdout=subprocess.PIPE, text=True) as receiver:
-        assert receiver.stdout is not None
-        port = receiver.stdout.readline().removeprefix("listening on ").strip()
-        sender = subprocess.run(
-            [*here, SCRIPT, "send", "--json", source, port, memory[0]], stdout=subprocess.PIPE, text=True, timeout=60
-        )
-        received = receiver.stdout.read()
-    assert sender.returncode == receiver.returncode == 0
-    assert json.loads(sender.stdout.splitlines()[-1])["status"] == "done"
-    assert "done" in received
-    assert (tmp_path / "there").read_bytes() == (tmp_path / "here").read_bytes()
-    if kind != "mtty-2":
-        assert digest(target) == digest(source)

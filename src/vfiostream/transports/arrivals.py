@@ -52,17 +52,20 @@ class _Gathering:
         self.over = anyio.Event()
         """It is complete, or given up."""
 
-    def awaits(self, preamble: Preamble) -> bool:
-        """Whether this is one of the channels that have not come."""
+    def awaits(self, preamble: Preamble, connection: PolledTransport) -> bool:
+        """Whether this is one of the channels that have not come, from the one who sent the others."""
         same = (self.count, self.reconnects) == (preamble.channels, preamble.reconnects)
-        return same and preamble.number not in self.channels
+        known = all(connection.peer == other.peer for other in self.channels.values())
+        return same and known and preamble.number not in self.channels
 
 
 class _Host:
     """Gives a link that reconnects one connection after another, as they come."""
 
-    def __init__(self, link: ReconnectingTransport, memory: int) -> None:
+    def __init__(self, link: ReconnectingTransport, peer: str | None, memory: int) -> None:
         self.link = link
+        self.peer = peer
+        """Who it is with (:attr:`~vfiostream.transports.polled.PolledTransport.peer`)."""
         self._memory = memory
         self._next: Sequence[PolledTransport] | None = None
         self._unused: list[PolledTransport] = []
@@ -254,7 +257,7 @@ class _Arrivals(Listener):
         if gathering is None:
             gathering = self._gatherings[link] = _Gathering(preamble.channels, preamble.reconnects)
             self._tasks.start_soon(self._limit, link, gathering)
-        if not gathering.awaits(preamble):
+        if not gathering.awaits(preamble, connection):
             logger.warning(
                 "%s: the channels from %s contradict each other, and none of them is taken",
                 self.address,
@@ -277,14 +280,16 @@ class _Arrivals(Listener):
             self._add(made)
             return
         host = self._hosts.get(preamble.token)
+        if host is not None and channels[0].peer != host.peer:
+            host = None
         if host is not None:
             host.come(channels)
-        elif preamble.attempt or self._closed:
+        elif preamble.attempt or self._closed or preamble.token in self._hosts:
             logger.warning("%s: a link from %s comes back that is not known here", self.address, address)
             self._tasks.start_soon(turn_away, address, channels, self._memory)
         else:
             link = ReconnectingTransport(address, self._memory, self._patience)
-            host = self._hosts[preamble.token] = _Host(link, self._memory)
+            host = self._hosts[preamble.token] = _Host(link, channels[0].peer, self._memory)
             host.come(channels)
             self._tasks.start_soon(self._host, preamble.token, host)
             self._add(link)

@@ -18,6 +18,8 @@ from vfiostream.transports.credentials import Credentials
 
 MAX_FILE = 1 << 20
 """Bytes that a file with certificates or a key may have."""
+MAX_NAMES = 200
+"""Letters that are repeated of the names in a certificate."""
 GREETING = "greeting"
 """What is being done until both ends believe each other."""
 
@@ -35,6 +37,8 @@ class Judge:
         self._flaw: int | None = None
         """OpenSSL's first objection to the chain."""
         self.believed = False
+        self.fingerprint = ""
+        """Of the peer's certificate; empty until there is one."""
         self.problem = "the other end showed no certificate; give it one (--cert and --key)"
         """Where it is not believed: why not, and what to do."""
 
@@ -48,7 +52,10 @@ class Judge:
                 return True
             self.problem = self._no_chain()
             return False
-        problem = self._objection(shown.to_cryptography(), flaw)
+        try:
+            problem = self._objection(shown.to_cryptography(), flaw)
+        except ValueError as error:  # of cryptography, which is stricter than OpenSSL
+            problem = f"the other end's certificate can't be understood ({error}); give that end another one"
         self.believed = problem is None
         if problem is not None:
             self.problem = problem
@@ -56,7 +63,7 @@ class Judge:
 
     def _objection(self, certificate: x509.Certificate, flaw: int) -> str | None:
         """``flaw`` is OpenSSL's, in the peer's own certificate."""
-        digits = certificate.fingerprint(hashes.SHA256()).hex()
+        self.fingerprint = digits = certificate.fingerprint(hashes.SHA256()).hex()
         if flaw == _Codes.ERR_CERT_HAS_EXPIRED:
             until = certificate.not_valid_after_utc
             return f"the other end's certificate was valid until {until:%Y-%m-%d %H:%M} UTC; give that end a new one"
@@ -121,7 +128,8 @@ def _names(certificate: x509.Certificate) -> str:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except (x509.ExtensionNotFound, ValueError):
         return "nobody"
-    return ", ".join(str(name.value) for name in names) or "nobody"
+    text = ", ".join(str(name.value) for name in names)[:MAX_NAMES]
+    return "".join(letter if letter.isprintable() else "?" for letter in text) or "nobody"
 
 
 # ---- what the files say
@@ -188,9 +196,11 @@ class Trouble:
     def of(self, error: SSL.Error, doing: str) -> TransportError:
         """The error of ours that says it."""
         if isinstance(error, SSL.SysCallError):
-            return self._lost(error.args[0], doing)
+            return self.lost(error.args[0], doing)
         reason = reason_of(error)
         _, is_alert, alert = reason.partition(" alert ")
+        if is_alert and doing != GREETING:
+            return TransportError(f"{self._address}: the other end has ended TLS ({alert}); see there why")
         if is_alert:
             return PeerRefused(f"{self._address}: {self._told(alert)}")
         if doing == GREETING and reason in _OLDER:
@@ -217,7 +227,8 @@ class Trouble:
                 )
         return f"the other end has ended TLS ({alert}); see there why"
 
-    def _lost(self, number: int, doing: str) -> ConnectionLost:
+    def lost(self, number: int, doing: str) -> ConnectionLost:
+        """The error that says that the connection is gone, by an errno; -1 for an end without any."""
         reason = os.strerror(number) if number > 0 else "it ended without a word"
         return ConnectionLost(f"{self._address}: the connection was lost while {doing} ({reason}); see the other end")
 
