@@ -16,7 +16,7 @@ from tests.movers import SMALL, machines
 from tests.transport_contract import MIB, NOISE, receive_all, receive_exactly, send_all, time_limit
 from vfiostream.errors import ConnectionLost, StreamError, TransportError, UsageError
 from vfiostream.migrate import receive, send
-from vfiostream.transports import connect, joining, listen, reconnecting
+from vfiostream.transports import connect, joining, listen, reconnecting, stream
 from vfiostream.transports.contract import Transport
 from vfiostream.transports.options import Options
 from vfiostream.transports.segments import Preamble
@@ -253,3 +253,38 @@ async def moved(like: object, cuts: Cuts, channels: int) -> CuttingProxy:
 def test_what_is_kept_is_within_what_it_may_have() -> None:
     link = reconnecting.ReconnectingTransport("link", WINDOW, 1)
     assert link._memory + reconnecting.rests_of(WINDOW) + reconnecting.SMALL <= link.keeps
+
+
+async def test_a_way_that_is_silent_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody resets the connection: only the kernel knows that nothing is acknowledged."""
+    monkeypatch.setattr(reconnecting, "SILENCE", 0.05)
+    async with time_limit(), through(after(), 1) as (sender, receiver, proxy):
+        await sender.send([b"one"])
+        assert await receive_exactly(receiver, 3) == b"one"
+        monkeypatch.setattr(
+            stream.SocketTransport, "silent", property(lambda _: 1.0 if len(proxy.carried) == 1 else 0.0)
+        )
+        while len(proxy.carried) == 1:
+            await sender.changed()  # type: ignore[attr-defined]
+        await sender.send([b"two"])
+        assert await receive_exactly(receiver, 3) == b"two"
+
+
+async def test_what_the_kernel_tells_of_silence() -> None:
+    async with listen("tcp:127.0.0.1:0", Options(silent=True)) as listener, connect(listener.address) as sender:
+        async with await listener.accept():
+            await sender.send([b"x"])
+            assert isinstance(sender, stream.SocketTransport)
+            assert 0 <= sender.silent < 10
+        await sender.aclose()
+        assert sender.silent == 0
+
+
+async def test_who_comes_back_with_an_older_attempt_is_turned_away() -> None:
+    async with time_limit(), listen("tcp:127.0.0.1:0") as listener, connect(listener.address) as first:
+        await first.send([Preamble(b"t" * 16, 0, 1, True, 0).pack(), said(0, 0, 4)])
+        async with await listener.accept() as link, connect(listener.address) as again:
+            await again.send([Preamble(b"t" * 16, 0, 1, True, 0).pack(), said(0, 0, 4)])
+            assert (await receive_all(again))[:16] == said(0, 0, 5)
+            await first.send([said(0, 4, 1), b"good"])
+            assert await receive_exactly(link, 4) == b"good"

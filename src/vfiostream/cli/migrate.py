@@ -78,7 +78,7 @@ def send(
 @options.guest_memory
 @options.settings("chunk", "budget", "patience")
 @options.link(listens=True)
-@options.reconnect("How long a sender that reconnects may stay away.  [default: 60s]")
+@options.reconnect("How long a sender that reconnects may stay away.  [default: 25s]")
 @options.device_timeout
 @options.recordings
 @options.control

@@ -317,6 +317,11 @@ def reconnect(text: str) -> Decorator:
         @_time("--reconnect", "seconds", None, text)
         @functools.wraps(command)
         def wrapped(*, seconds: float | None, link: Options, settings: Settings, **rest: Any) -> Any:
+            if seconds is not None and seconds >= settings.patience:
+                raise click.UsageError(
+                    "a link that is away looks as an end that hangs: give --reconnect less time than "
+                    "--switchover-timeout"
+                )
             made = replace(link, reconnect=seconds, memory=memory_of_link(settings))
             if made.channels > 1 or seconds is not None:
                 Budget(settings.budget - made.memory, settings.chunk)  # Refuses what has no room.

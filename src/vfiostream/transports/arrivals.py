@@ -66,6 +66,8 @@ class _Host:
         self.link = link
         self.peer = peer
         """Who it is with (:attr:`~vfiostream.transports.polled.PolledTransport.peer`)."""
+        self.attempt = 0
+        """Of what came last: nothing older is taken."""
         self._memory = memory
         self._next: Sequence[PolledTransport] | None = None
         self._unused: list[PolledTransport] = []
@@ -96,7 +98,7 @@ class _Host:
                 with anyio.CancelScope() as self._serving:
                     async with one_of(link.address, channels, self._memory) as inner:
                         try:
-                            await link.serve(inner)
+                            await link.serve(inner, channels)
                         except Gone as error:
                             link.fail(error)
         finally:
@@ -282,7 +284,8 @@ class _Arrivals(Listener):
         host = self._hosts.get(preamble.token)
         if host is not None and channels[0].peer != host.peer:
             host = None
-        if host is not None:
+        if host is not None and preamble.attempt > host.attempt:
+            host.attempt = preamble.attempt
             host.come(channels)
         elif preamble.attempt or self._closed or preamble.token in self._hosts:
             logger.warning("%s: a link from %s comes back that is not known here", self.address, address)

@@ -173,7 +173,7 @@ class _Caller:
         async with self._connections(self._options.channels) as opened:
             await _introduce(opened, self._token, attempt)
             async with one_of(link.address, opened, memory) as inner:
-                await link.serve(inner, met=met)
+                await link.serve(inner, opened, met=met)
 
 
 @asynccontextmanager

@@ -8,10 +8,10 @@ from dataclasses import dataclass, fields
 from vfiostream.errors import TransportError, UsageError
 from vfiostream.transports.credentials import Credentials
 
-MAX_CHANNELS = 64
+MAX_CHANNELS = 16
 """Channels of a link."""
-RETURN_WITHIN = 60.0
-"""Seconds that who listens waits for a link to come back."""
+RETURN_WITHIN = 25.0
+"""Seconds that who listens waits for a link to come back: less than the patience of a migration."""
 MIN_MEMORY = 1 << 20
 """Bytes that a link of several channels, or one that reconnects, needs at least."""
 

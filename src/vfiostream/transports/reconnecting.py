@@ -25,6 +25,7 @@ from vfiostream.buffers import Buffer
 from vfiostream.errors import ConnectionLost, LocalProtocolError, StreamError, TransportError
 from vfiostream.transports.channel import Signal
 from vfiostream.transports.contract import Transport
+from vfiostream.transports.polled import PolledTransport
 from vfiostream.transports.segments import HEAD_SIZE, Head, Kind
 from vfiostream.transports.unsent import IOV_MAX, Unsent
 
@@ -34,6 +35,8 @@ SMALL = 64 << 10
 """Bytes that are kept for a reader who is not there: enough for what ends a migration, so that it is acknowledged."""
 GREETING_TIMEOUT = 10.0
 """Seconds that the other end may take to say where it is, on a new link."""
+SILENCE = 5.0
+"""Seconds without an acknowledgement of what the kernel has sent, after which a connection counts as lost."""
 ACK_WITHIN = 2.0
 """Seconds that ``finish`` waits for the other end to say that it has everything, once that was handed over."""
 GOODBYE_WITHIN = 0.5
@@ -125,9 +128,12 @@ class ReconnectingTransport(Transport):
         """Whether both ends have everything: no other connection is needed."""
         return self._ended and self._end_known
 
-    async def serve(self, inner: Transport, *, met: Callable[[], None] = lambda: None) -> None:
-        """Go on over ``inner`` until that is lost, or the link is closed; ``inner`` is this object's, and closed then.
-        ``met`` is called once both ends have said where they are. Raises nothing but :class:`Gone`.
+    async def serve(
+        self, inner: Transport, connections: Sequence[PolledTransport], *, met: Callable[[], None] = lambda: None
+    ) -> None:
+        """Go on over ``inner``, which goes over ``connections``, until that is lost, or the link is closed; ``inner``
+        is this object's, and closed then. ``met`` is called once both ends have said where they are. Raises nothing
+        but :class:`Gone`.
         """
         async with inner:
             try:
@@ -152,6 +158,7 @@ class ReconnectingTransport(Transport):
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(self._write, inner)
                     tasks.start_soon(self._read, inner)
+                    tasks.start_soon(self._watch, inner, connections)
                     while self._inner is inner and not self.closed.is_set():
                         await self.changed()
                     tasks.cancel_scope.cancel()
@@ -176,6 +183,19 @@ class ReconnectingTransport(Transport):
             except ConnectionLost as error:
                 logger.debug("%s", error)
             self.said_goodbye = True
+
+    async def _watch(self, inner: Transport, connections: Sequence[PolledTransport]) -> None:
+        """A task: notice where a way has ended without a word, which the kernel takes many minutes for."""
+        seen = [0] * len(connections)
+        interval = SILENCE / 5
+        while True:
+            await anyio.sleep(interval)
+            # What was sent only now may be without an answer after an hour in which there was nothing to say.
+            for number, connection in enumerate(connections):
+                seen[number] = seen[number] + 1 if connection.silent > interval else 0
+            if max(seen) == 5:
+                self.lose(inner, f"the other end's host was silent for {SILENCE:g} s")
+                return
 
     async def _resume(self, inner: Transport) -> None:
         raw = bytearray(HEAD_SIZE)

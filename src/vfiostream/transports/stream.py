@@ -14,6 +14,7 @@ import os
 import re
 import socket
 import stat
+import struct
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -63,6 +64,10 @@ LOOPBACK = "127.0.0.1"
 _PLACE = re.compile(r"(?:\[(?P<bracketed>[^][]+)\]|(?P<plain>[^][:]*)):(?P<port>[0-9]{1,5})")
 
 
+_TCP_INFO = struct.Struct("<3xB20xI28xI")
+"""Of struct tcp_info (linux/tcp.h): tcpi_probes, tcpi_unacked and tcpi_last_ack_recv, in milliseconds."""
+
+
 class SocketTransport(PolledTransport):
     """A connected stream socket, non-blocking, which this object owns."""
 
@@ -77,6 +82,14 @@ class SocketTransport(PolledTransport):
 
     def _read(self, into: Sequence[memoryview]) -> int:
         return self._sock.recvmsg_into(into)[0]
+
+    @property
+    def silent(self) -> float:
+        if self._closed or self._sock.family == socket.AF_UNIX:
+            return 0.0
+        info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+        probes, unacknowledged, since = _TCP_INFO.unpack(info)
+        return since / 1000 if probes or unacknowledged else 0.0
 
     async def _writable(self) -> None:
         await anyio.wait_writable(self._sock)
