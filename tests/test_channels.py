@@ -59,6 +59,16 @@ class TestFourOverTcp(LinkContract):
         return linked("tcp:127.0.0.1:0", 4)
 
 
+class TestOneThatReconnects(LinkContract):
+    def pair(self) -> Any:
+        return linked("tcp:127.0.0.1:0", 1, reconnect=5)
+
+
+class TestFourThatReconnect(LinkContract):
+    def pair(self) -> Any:
+        return linked("tcp:127.0.0.1:0", 4, reconnect=5)
+
+
 class SmallBuffers(LinkContract):
     """Sockets that hold little: a segment is taken in many parts, and all channels are in use."""
 
@@ -246,7 +256,7 @@ async def test_whatever_a_sender_says_what_comes_of_it_has_a_name(pieces: list[b
     [
         (MAGIC + b"\x02\x00" + bytes(26), "has version 2"),
         (MAGIC + b"\x01\x00" + bytes(26), "is number 1 of 0"),
-        (Preamble(TOKEN, 0, 64).pack().replace(b"\x40", b"\x41", 1), "is number 1 of 65"),
+        (Preamble(TOKEN, 0, 16).pack().replace(b"\x10", b"\x11", 1), "is number 1 of 17"),
         (struct.pack("<4sHBBB7x16s", MAGIC, 1, 0, 2, 2, TOKEN), "is number 3 of 2"),
         (struct.pack("<4sHBBB7x16s", MAGIC, 1, 1, 2, 1, TOKEN), "zeros"),
         (struct.pack("<4sHBBBxxxI16s", MAGIC, 1, 0, 2, 1, 7, TOKEN), "zeros"),
@@ -353,9 +363,9 @@ async def test_nobody_listens_for_channels(tmp_path: Path) -> None:
             pass
 
 
-@pytest.mark.parametrize("channels", [0, 65, -1])
+@pytest.mark.parametrize("channels", [0, 17, -1])
 def test_how_many_there_can_be(channels: int) -> None:
-    with pytest.raises(UsageError, match="1 to 64 can"):
+    with pytest.raises(UsageError, match="1 to 16 can"):
         Options(channels=channels)
 
 

@@ -29,6 +29,7 @@ from vfiostream.transports.options import Options
 @options.settings("bandwidth", "chunk", "budget", "patience", compression=0)
 @options.link(listens=False)
 @options.channels
+@options.reconnect("How long the link may be lost: it is opened anew, and goes on where it was.  [default: not at all]")
 @options.order
 @options.device_timeout
 @options.recordings
@@ -77,6 +78,7 @@ def send(
 @options.guest_memory
 @options.settings("chunk", "budget", "patience")
 @options.link(listens=True)
+@options.reconnect("How long a sender that reconnects may stay away.  [default: 25s]")
 @options.device_timeout
 @options.recordings
 @options.control
@@ -105,8 +107,7 @@ def receive(
         await answer_at(run, control)
         with Guest.open(memory) as guest:
             async with await open_device(device, timeout=device_timeout, recording=recording) as opened:
-                options_here = replace(link, refused=run.report.refused, memory=options.memory_of_link(settings))
-                async with transports.listen(source, options_here) as listener:
+                async with transports.listen(source, replace(link, refused=run.report.refused)) as listener:
                     run.report.listening(listener.address)
                     async with await listener.accept() as transport:
                         await listener.aclose()  # One sender is served.

@@ -8,8 +8,10 @@ from dataclasses import dataclass, fields
 from vfiostream.errors import TransportError, UsageError
 from vfiostream.transports.credentials import Credentials
 
-MAX_CHANNELS = 64
+MAX_CHANNELS = 16
 """Channels of a link."""
+RETURN_WITHIN = 25.0
+"""Seconds that who listens waits for a link to come back: less than the patience of a migration."""
 MIN_MEMORY = 1 << 20
 """Bytes that a link of several channels, or one that reconnects, needs at least."""
 
@@ -36,8 +38,15 @@ class Options:
     channels: int = 1
     """Connections that the link is made of, 1 to :data:`MAX_CHANNELS`. Who connects says it; who listens follows."""
 
+    reconnect: float | None = None
+    """Seconds that a link may be without a connection: it is opened anew meanwhile and goes on where it was. Who
+    connects says whether; who listens follows, and gives it :data:`RETURN_WITHIN` seconds where this is None.
+    """
+
     memory: int = 16 << 20
-    """Bytes that such a link may hold at this end: what a channel has still to take. At least :data:`MIN_MEMORY`."""
+    """Bytes that such links may hold at this end: what a channel has still to take, and copies of what the other end
+    has not acknowledged. At least :data:`MIN_MEMORY`.
+    """
 
     silent: bool = False
     """Who listens takes whoever connects at once, as a link of one connection, though he may wait for us to speak
@@ -47,6 +56,8 @@ class Options:
     def __post_init__(self) -> None:
         if not 1 <= self.channels <= MAX_CHANNELS:
             raise UsageError(f"a link of {self.channels} channels can't be: 1 to {MAX_CHANNELS} can")
+        if self.reconnect is not None and not self.reconnect > 0:
+            raise UsageError(f"{self.reconnect} s are no time to reconnect in: give it some, or do without")
         if self.memory < MIN_MEMORY:
             raise UsageError(f"a link can't do with {self.memory} bytes of memory: give it {MIN_MEMORY} or more")
 
