@@ -205,7 +205,7 @@ def checkpoints(folder: Path, size: int, plan: Plan, counts: Sequence[int]) -> R
             content = 0
             began = time.perf_counter()
             for devices in sets:
-                async with await vfiostream.connect(f"file:{folder / 'checkpoint'}") as file:
+                async with vfiostream.connect(f"file:{folder / 'checkpoint'}") as file:
                     summary = await vfiostream.save(devices, file, settings=vfiostream.Settings(chunk=plan.chunk))
                 content += summary.content
                 (folder / "checkpoint").unlink()

@@ -124,10 +124,10 @@ async def give(end: End, device: Device, guest: LastRound, settings: vfiostream.
     policy = OneRound()
     if end.does == "save":
         began, cpu = monotonic(), process_time()
-        async with await vfiostream.connect(address) as file:
+        async with vfiostream.connect(address) as file:
             summary = await vfiostream.save(device, file, guest=guest, policy=policy, settings=settings)
     else:
-        async with await vfiostream.connect(address) as transport:
+        async with vfiostream.connect(address) as transport:
             began, cpu = monotonic(), process_time()
             summary = await vfiostream.send(device, transport, guest=guest, policy=policy, settings=settings)
     return measured(summary, began, cpu) | {"first_round": policy.throughput}
@@ -138,9 +138,9 @@ async def take(end: End, device: Device, guest: LastRound, settings: vfiostream.
         say({"address": ""})
         address = await told()
         began, cpu = monotonic(), process_time()
-        async with await vfiostream.listen(address) as folder, await folder.accept() as file:
+        async with vfiostream.listen(address) as folder, await folder.accept() as file:
             return measured(await vfiostream.restore(file, device, guest=guest, settings=settings), began, cpu)
-    async with await vfiostream.listen(end.address) as listener:
+    async with vfiostream.listen(end.address) as listener:
         say({"address": listener.address})
         async with await listener.accept() as transport:
             began, cpu = monotonic(), process_time()

@@ -32,7 +32,7 @@ from vfiostream.pipeline.source import Policy
 from vfiostream.policy import RoundReport, Verdict
 from vfiostream.protocol import framing, records
 from vfiostream.protocol.records import Ack, RecordType
-from vfiostream.transports import file
+from vfiostream.transports import connect, listen
 from vfiostream.transports.contract import Transport
 from vfiostream.transports.memory import memory_pair
 from vfiostream.uapi.four_region import State
@@ -521,13 +521,13 @@ class World:
     async def save(self, path: Path) -> None:
         """Save the source, to the end."""
         source = self.source
-        source.link = Link(await file.connect(f"file:{path}", replace=False), untouched, source.trace)
-
         packed = replace(QUICK, compression=1)
 
         async def work() -> Summary:
-            async with source.link:
-                return await save(source.devices, source.link, guest=source.guest, policy=Rounds(), settings=packed)
+            async with connect(f"file:{path}") as opened:
+                source.link = Link(opened, untouched, source.trace)
+                async with source.link:
+                    return await save(source.devices, source.link, guest=source.guest, policy=Rounds(), settings=packed)
 
         self._complete = True
         with anyio.fail_after(20):
@@ -536,12 +536,12 @@ class World:
     async def restore(self, path: Path, settings: Settings = QUICK) -> None:
         """Restore into the target, to the end."""
         target = self.target
-        listener = await file.listen(f"file:{path}")
-        target.link = Link(await listener.accept(), untouched, target.trace)
 
         async def work() -> Summary:
-            async with target.link:
-                return await restore(target.link, target.devices, guest=target.guest, settings=settings)
+            async with listen(f"file:{path}") as folder, await folder.accept() as opened:
+                target.link = Link(opened, untouched, target.trace)
+                async with target.link:
+                    return await restore(target.link, target.devices, guest=target.guest, settings=settings)
 
         with anyio.fail_after(20):
             await target.attempt(work)

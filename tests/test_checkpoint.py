@@ -23,19 +23,19 @@ pytestmark = pytest.mark.anyio
 
 
 async def save(made: Machine, path: Path, **options: object) -> Summary:
-    async with await connect(f"file:{path}") as file:
+    async with connect(f"file:{path}") as file:
         with anyio.fail_after(30):
             return await checkpoint.save(made.device, file, **options)  # type: ignore[arg-type]
 
 
 async def restore(path: Path, made: Machine, **options: object) -> Summary:
-    async with await listen(f"file:{path}") as folder, await folder.accept() as file:
+    async with listen(f"file:{path}") as folder, await folder.accept() as file:
         with anyio.fail_after(30):
             return await checkpoint.restore(file, made.device, **options)  # type: ignore[arg-type]
 
 
 async def verify(path: Path) -> checkpoint.Contents:
-    async with await listen(f"file:{path}") as folder, await folder.accept() as file:
+    async with listen(f"file:{path}") as folder, await folder.accept() as file:
         with anyio.fail_after(30):
             return await checkpoint.verify(file)
 
@@ -154,7 +154,7 @@ async def test_another_device_is_refused_before_anything_is_loaded(tmp_path: Pat
 
 async def test_the_source_runs_whatever_happens_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with machine() as source:
-        async with await connect(f"file:{tmp_path / 'checkpoint'}") as file:
+        async with connect(f"file:{tmp_path / 'checkpoint'}") as file:
 
             async def full() -> None:
                 raise TransportError("the disk is full: make room")

@@ -302,7 +302,7 @@ async def follow(carry: Callable[[Progress], Awaitable[Summary]]) -> Summary:
 @pytest.fixture
 async def listener(anyio_backend: Any) -> AsyncIterator[Listener]:
     with short_folder() as folder:
-        async with await transports.listen(f"unix:{folder}/link") as opened:
+        async with transports.listen(f"unix:{folder}/link") as opened:
             yield opened
 
 
@@ -339,7 +339,7 @@ async def test_both_ends_in_one_process(listener: Listener) -> None:
 async def test_a_bad_note_ends_a_bench(note: bytes, listener: Listener) -> None:
     async def tell() -> None:
         page = Specimen("guest memory", 4096, note.ljust(4096, b"\0"))
-        async with await transports.connect(listener.address) as link, page.opened() as device:
+        async with transports.connect(listener.address) as link, page.opened() as device:
             await migrate.send(device, link, guest=page.guest)
         page.close()
 
@@ -370,11 +370,11 @@ async def test_who_asks_and_then_moves_nothing_is_given_up(listener: Listener, m
 
     async def ask() -> None:
         await trial._ask(listener.address, Part("guest memory", MIB, 1, last=True))
-        async with await transports.connect(listener.address) as link:
+        async with transports.connect(listener.address) as link:
             await trial._read_note(link)
         monkeypatch.setattr(trial, "PATIENCE", 0.2)
         monkeypatch.setattr(trial, "SLOWEST_MOVE", 1 << 40)
-        async with await transports.connect(listener.address):
+        async with transports.connect(listener.address):
             await over.wait()
 
     with anyio.fail_after(LIMIT):
@@ -398,7 +398,7 @@ async def test_no_memory_is_taken_for_who_asks_too_much(listener: Listener, monk
 
     async def ask(size: int) -> None:
         await trial._ask(listener.address, Part("guest memory", size, 1, last=True))
-        async with await transports.connect(listener.address) as link:
+        async with transports.connect(listener.address) as link:
             answer = trial._parsed(Answer, await trial._read_note(link))
         assert answer.refused is not None
         assert "choose a" in answer.refused

@@ -206,7 +206,7 @@ def test_what_does_not_matter(changes: dict[str, Any]) -> None:
 
 
 async def as_checkpoint(device: Device, path: Path) -> DescribedDevice:
-    async with await vfiostream.connect(f"file:{path}") as file:
+    async with vfiostream.connect(f"file:{path}") as file:
         await vfiostream.save(device, file)
     return await read_description(path)
 
@@ -303,7 +303,7 @@ async def test_notes_of_a_migration_are_in_the_log(tmp_path: Path, caplog: pytes
         access.info = replace(access.info, kernel="6.9.1")
         async with (
             await find(access) as target,
-            await vfiostream.listen(f"file:{tmp_path / 'file'}") as listener,
+            vfiostream.listen(f"file:{tmp_path / 'file'}") as listener,
             await listener.accept() as file,
         ):
             await vfiostream.restore(file, target)
@@ -337,7 +337,7 @@ async def test_a_checkpoint_of_several_devices_is_none_of_one(tmp_path: Path) ->
     async with (
         host() as one,
         host() as other,
-        await vfiostream.connect(f"file:{tmp_path / 'file'}") as file,
+        vfiostream.connect(f"file:{tmp_path / 'file'}") as file,
     ):
         await vfiostream.save([one, other], file)
     with pytest.raises(Incompatible, match="holds 2 devices"):

@@ -180,7 +180,7 @@ async def test_a_guest_that_does_not_run_on_is_said(tmp_path: Path, error: Excep
         assert isinstance(ours, Failing)
         ours.fails = {"resume": error}
         async with machines() as (source, _):
-            async with await connect(f"file:{tmp_path / 'x'}") as file:
+            async with connect(f"file:{tmp_path / 'x'}") as file:
                 with anyio.fail_after(20), pytest.raises(SourceStuck, match="the hypervisor is gone"):
                     await checkpoint.save(source.device, file, guest=ours, policy=NOW)
             assert source.state is State.RUNNING

@@ -46,7 +46,7 @@ async def test_a_migration(tmp_path: Path) -> None:
             async with anyio.create_task_group() as tasks:
                 for server in servers:
                     tasks.start_soon(serve, server)
-                async with await vfiostream.listen("tcp:127.0.0.1:0") as listener:
+                async with vfiostream.listen("tcp:127.0.0.1:0") as listener:
                     async with anyio.create_task_group() as ends:
                         ends.start_soon(block("target")["take_over"], str(tmp_path / "b"), listener)
                         summary = await block("source")["migrate"](str(tmp_path / "a"), listener.address)

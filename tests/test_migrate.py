@@ -135,8 +135,8 @@ async def test_a_busy_device_and_its_guest_move() -> None:
 @pytest.mark.parametrize("scheme", ["tcp", "unix"])
 async def test_over_a_real_link(scheme: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     address = "tcp:127.0.0.1:0" if scheme == "tcp" else f"unix:{tmp_path_factory.mktemp('l') / 's'}"
-    async with machines(replace(SMALL, dirty_rate=MIB)) as (source, target), await listen(address) as listener:
-        async with await connect(listener.address) as here, await listener.accept() as there:
+    async with machines(replace(SMALL, dirty_rate=MIB)) as (source, target), listen(address) as listener:
+        async with connect(listener.address) as here, await listener.accept() as there:
             await move(source, target, (here, there))
 
 
@@ -383,8 +383,8 @@ async def test_progress_tells_the_phases() -> None:
 
 async def test_every_layer_leaves_a_trace(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, logger="vfiostream"):
-        async with machines() as (source, target), await listen("tcp:127.0.0.1:0") as listener:
-            async with await connect(listener.address) as here, await listener.accept() as there:
+        async with machines() as (source, target), listen("tcp:127.0.0.1:0") as listener:
+            async with connect(listener.address) as here, await listener.accept() as there:
                 await move(source, target, (here, there))
     traced = {record.name for record in caplog.records}
     assert {f"vfiostream.{layer}" for layer in ("device", "protocol", "transport", "pipeline")} <= traced

@@ -34,6 +34,7 @@ from vfiostream.testing import (
 from vfiostream.transports import blocks, connect, file, listen, write_behind
 from vfiostream.transports.contract import Listener, Transport
 from vfiostream.transports.memory import memory_pair
+from vfiostream.transports.options import Options
 from vfiostream.transports.stream import SocketTransport
 from vfiostream.transports.unsent import Unsent
 
@@ -51,10 +52,9 @@ def has_ipv6() -> bool:
 
 @asynccontextmanager
 async def connected(address: str) -> AsyncIterator[tuple[Transport, Transport]]:
-    async with await listen(address) as listener:
-        sender = await connect(listener.address)
-        receiver = await listener.accept()
-        yield sender, receiver
+    async with listen(address) as listener:
+        async with connect(listener.address) as sender:
+            yield sender, await listener.accept()
 
 
 class TestTcp4(LinkContract):
@@ -93,12 +93,12 @@ class TestTinyMemory(LinkContract):
 class TestFile(TransportContract):
     @asynccontextmanager
     async def sender(self) -> AsyncIterator[Transport]:
-        async with await connect(f"file:{self.folder}/checkpoint") as writer:
+        async with connect(f"file:{self.folder}/checkpoint") as writer:
             yield writer
 
     @asynccontextmanager
     async def receiver(self) -> AsyncIterator[Transport]:
-        async with await listen(f"file:{self.folder}/checkpoint") as listener, await listener.accept() as reader:
+        async with listen(f"file:{self.folder}/checkpoint") as listener, await listener.accept() as reader:
             yield reader
 
 
@@ -186,7 +186,8 @@ def refuse_direct_access(patch: pytest.MonkeyPatch, call: str) -> None:
 async def test_what_is_no_address_is_refused_with_a_list_of_what_is(address: str) -> None:
     for opening in (connect, listen):
         with pytest.raises(UsageError, match=r"tcp:HOST:PORT, unix:PATH, file:PATH"):
-            await opening(address)
+            async with opening(address):
+                pass
 
 
 @pytest.mark.parametrize(
@@ -210,31 +211,36 @@ async def test_what_is_no_address_is_refused_with_a_list_of_what_is(address: str
 async def test_malformed_tcp_addresses(address: str) -> None:
     for opening in (connect, listen):
         with pytest.raises(UsageError, match=r"brackets"):
-            await opening(address)
+            async with opening(address):
+                pass
 
 
 async def test_port_0_is_for_listening_only() -> None:
     with pytest.raises(UsageError, match="port 0"):
-        await connect("tcp:127.0.0.1:0")
+        async with connect("tcp:127.0.0.1:0"):
+            pass
 
 
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "x" * 300, "ü" * 80])
 async def test_a_host_that_is_not_found(host: str) -> None:
     for opening in (connect, listen):
         with pytest.raises(TransportError, match="can't be found; check its name"):
-            await opening(f"tcp:{host}:7000")
+            async with opening(f"tcp:{host}:7000"):
+                pass
 
 
 async def test_a_unix_path_that_is_too_long() -> None:
     for opening in (connect, listen):
         with pytest.raises(UsageError, match="107 bytes"):
-            await opening("unix:/tmp/" + "x" * 103)
+            async with opening("unix:/tmp/" + "x" * 103):
+                pass
 
 
 @pytest.mark.parametrize("address", ["file:", "file:/tmp/", "file:/tmp/.", "file:..", "file:/"])
 async def test_a_file_address_without_a_file(address: str) -> None:
     with pytest.raises(UsageError):
-        await connect(address)
+        async with connect(address):
+            pass
 
 
 def test_a_scheme_loads_only_its_own_module() -> None:
@@ -243,12 +249,12 @@ def test_a_scheme_loads_only_its_own_module() -> None:
         from vfiostream.transports import listen
         def loaded():
             return sorted(name.rpartition(".")[2] for name in sys.modules if name.startswith("vfiostream.transports."))
-        assert loaded() == ["contract"], loaded()
+        assert loaded() == ["contract", "options"], loaded()
         async def main():
-            async with await listen("tcp:127.0.0.1:0"):
+            async with listen("tcp:127.0.0.1:0"):
                 pass
         anyio.run(main)
-        assert loaded() == ["contract", "stream", "unsent"], loaded()
+        assert loaded() == ["contract", "options", "polled", "stream", "unsent"], loaded()
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True)
 
@@ -257,11 +263,11 @@ def test_a_scheme_loads_only_its_own_module() -> None:
 
 
 async def test_the_address_of_a_listener_has_the_real_port() -> None:
-    async with time_limit(), await listen("tcp:127.0.0.1:0") as listener:
+    async with time_limit(), listen("tcp:127.0.0.1:0") as listener:
         match = re.fullmatch(r"tcp:127\.0\.0\.1:([0-9]+)", listener.address)
         assert match is not None
         assert int(match[1]) > 0
-        async with await connect(listener.address) as sender, await listener.accept() as receiver:
+        async with connect(listener.address) as sender, await listener.accept() as receiver:
             assert sender.address == listener.address
             assert re.fullmatch(r"tcp:127\.0\.0\.1:[0-9]+", receiver.address)
             assert receiver.address != listener.address
@@ -269,49 +275,51 @@ async def test_the_address_of_a_listener_has_the_real_port() -> None:
 
 @pytest.mark.skipif(not has_ipv6(), reason="this host has no IPv6")
 async def test_the_address_of_an_ipv6_listener_can_be_connected_to() -> None:
-    async with time_limit(), await listen("tcp:[::1]:0") as listener:
+    async with time_limit(), listen("tcp:[::1]:0") as listener:
         assert re.fullmatch(r"tcp:\[::1\]:[0-9]+", listener.address)
-        async with await connect(listener.address), await listener.accept() as receiver:
+        async with connect(listener.address), await listener.accept() as receiver:
             assert receiver.address.startswith("tcp:[::1]:")
 
 
 async def test_every_address_of_a_host_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with time_limit(), await listen("tcp:127.0.0.1:0") as listener:
+    async with time_limit(), listen("tcp:127.0.0.1:0") as listener:
         port = int(listener.address.rpartition(":")[2])
 
         async def two_addresses(*_: object, **__: object) -> list[Any]:
             return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, port)) for host in ("127.0.0.2", "127.0.0.1")]
 
         monkeypatch.setattr(anyio, "getaddrinfo", two_addresses)
-        async with await connect(f"tcp:both:{port}") as sender, await listener.accept() as receiver:
+        async with connect(f"tcp:both:{port}") as sender, await listener.accept() as receiver:
             assert sender.address == f"tcp:both:{port}"
             await sender.send([b"here"])
             assert await receive_exactly(receiver, 4) == b"here"
 
 
 async def test_nobody_listens(tmp_path: Path) -> None:
-    async with await listen("tcp:127.0.0.1:0") as listener:
+    async with listen("tcp:127.0.0.1:0") as listener:
         address = listener.address
     for nobody in (address, f"unix:{tmp_path}/none"):
         with pytest.raises(TransportError, match=rf"^{re.escape(nobody)}: nobody listens there; start `vfiostream rec"):
-            await connect(nobody)
+            async with connect(nobody):
+                pass
 
 
 async def test_a_port_that_is_taken() -> None:
-    async with await listen("tcp:127.0.0.1:0") as listener:
+    async with listen("tcp:127.0.0.1:0") as listener:
         with pytest.raises(TransportError, match=r"Address already in use"):
-            await listen(listener.address)
+            async with listen(listener.address):
+                pass
 
 
 async def test_a_port_can_be_listened_on_again_at_once() -> None:
     """The connection that was closed here first stays in TIME_WAIT, which must not keep the port."""
     async with time_limit():
-        async with await listen("tcp:127.0.0.1:0") as listener:
+        async with listen("tcp:127.0.0.1:0") as listener:
             address = listener.address
-            async with await connect(address) as sender, await listener.accept() as receiver:
+            async with connect(address) as sender, await listener.accept() as receiver:
                 await receiver.aclose()
                 assert await sender.receive([memoryview(bytearray(1))]) == 0
-        async with await listen(address) as listener:
+        async with listen(address) as listener:
             assert listener.address == address
 
 
@@ -336,16 +344,16 @@ async def accept_nothing(listener: Listener) -> None:
 
 @pytest.mark.parametrize("scheme", ["tcp", "unix", "file"])
 async def test_a_listener_closes_again_and_under_cancellation(scheme: str, tmp_path: Path) -> None:
-    listener = await listen("tcp:127.0.0.1:0" if scheme == "tcp" else f"{scheme}:{tmp_path}/x")
-    with anyio.CancelScope() as scope:
-        scope.cancel()
+    async with listen("tcp:127.0.0.1:0" if scheme == "tcp" else f"{scheme}:{tmp_path}/x") as listener:
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await listener.aclose()
         await listener.aclose()
-    await listener.aclose()
-    await accept_nothing(listener)
+        await accept_nothing(listener)
 
 
 async def test_a_listener_is_closed_while_it_waits() -> None:
-    async with time_limit(), await listen("tcp:127.0.0.1:0") as listener, anyio.create_task_group() as tasks:
+    async with time_limit(), listen("tcp:127.0.0.1:0") as listener, anyio.create_task_group() as tasks:
         tasks.start_soon(accept_nothing, listener)
         await anyio.wait_all_tasks_blocked()
         await listener.aclose()
@@ -353,27 +361,27 @@ async def test_a_listener_is_closed_while_it_waits() -> None:
 
 @pytest.mark.parametrize("scheme", ["tcp", "unix"])
 async def test_a_cancelled_accept_leaves_the_sender_to_the_next(scheme: str, tmp_path: Path) -> None:
-    async with time_limit(), await listen("tcp:127.0.0.1:0" if scheme == "tcp" else f"unix:{tmp_path}/x") as listener:
+    async with time_limit(), listen("tcp:127.0.0.1:0" if scheme == "tcp" else f"unix:{tmp_path}/x") as listener:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(listener.accept)
             await anyio.wait_all_tasks_blocked()
             tasks.cancel_scope.cancel()
-        async with await connect(listener.address) as sender, await listener.accept() as receiver:
+        async with connect(listener.address) as sender, await listener.accept() as receiver:
             await send_all(sender, [[b"here"]])
             assert await receive_all(receiver) == b"here"
 
 
 async def test_accepted_ones_outlive_the_listener(tmp_path: Path) -> None:
-    async with time_limit(), connected(f"unix:{tmp_path}/x") as (sender, receiver):
-        pass
-    assert not (tmp_path / "x").exists()
-    async with time_limit(), sender, receiver:
-        await send_all(sender, [[b"still here"]])
-        assert await receive_all(receiver) == b"still here"
+    async with time_limit(), listen(f"unix:{tmp_path}/x") as listener, connect(listener.address) as sender:
+        async with await listener.accept() as receiver:
+            await listener.aclose()
+            assert not (tmp_path / "x").exists()
+            await send_all(sender, [[b"still here"]])
+            assert await receive_all(receiver) == b"still here"
 
 
 async def test_a_unix_socket_is_its_owners_only(tmp_path: Path) -> None:
-    async with await listen(f"unix:{tmp_path}/x"):
+    async with listen(f"unix:{tmp_path}/x"):
         assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o600
 
 
@@ -381,19 +389,20 @@ async def test_a_stale_unix_socket_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "x"
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
-    async with time_limit(), await listen(f"unix:{path}") as listener:
-        async with await connect(f"unix:{path}"), await listener.accept():
+    async with time_limit(), listen(f"unix:{path}") as listener:
+        async with connect(f"unix:{path}"), await listener.accept():
             pass
     assert not path.exists()
 
 
 async def test_a_live_unix_socket_is_left_alone_and_hears_nothing(tmp_path: Path) -> None:
     path = tmp_path / "x"
-    async with time_limit(), await listen(f"unix:{path}") as listener:
+    async with time_limit(), listen(f"unix:{path}") as listener:
         with pytest.raises(TransportError, match="belongs to a program that runs"):
-            await listen(f"unix:{path}")
+            async with listen(f"unix:{path}"):
+                pass
         # The next sender is the first the listener hears of.
-        async with await connect(f"unix:{path}") as sender, await listener.accept() as receiver:
+        async with connect(f"unix:{path}") as sender, await listener.accept() as receiver:
             await send_all(sender, [[b"first"]])
             assert await receive_all(receiver) == b"first"
         assert path.is_socket()
@@ -404,7 +413,8 @@ async def test_a_live_datagram_socket_is_left_alone(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
         other.bind(str(path))
         with pytest.raises(TransportError, match="belongs to a program that runs"):
-            await listen(f"unix:{path}")
+            async with listen(f"unix:{path}"):
+                pass
     assert path.is_socket()
 
 
@@ -412,15 +422,16 @@ async def test_what_is_not_a_socket_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_text("precious")
     with pytest.raises(TransportError, match="is not a socket"):
-        await listen(f"unix:{path}")
+        async with listen(f"unix:{path}"):
+            pass
     assert path.read_text() == "precious"
 
 
 async def test_a_listener_removes_only_its_own_socket(tmp_path: Path) -> None:
     path = tmp_path / "x"
-    async with await listen(f"unix:{path}") as first:
+    async with listen(f"unix:{path}") as first:
         path.rename(tmp_path / "moved")
-        async with await listen(f"unix:{path}"):
+        async with listen(f"unix:{path}"):
             await first.aclose()
             assert path.is_socket()
         assert not path.exists()
@@ -428,7 +439,8 @@ async def test_a_listener_removes_only_its_own_socket(tmp_path: Path) -> None:
 
 async def test_a_unix_socket_in_no_folder(tmp_path: Path) -> None:
     with pytest.raises(TransportError, match=r"No such file or directory.*folder that exists"):
-        await listen(f"unix:{tmp_path}/none/x")
+        async with listen(f"unix:{tmp_path}/none/x"):
+            pass
 
 
 async def test_a_closed_socket_takes_no_wake_up_from_the_next_one() -> None:
@@ -489,12 +501,12 @@ def names(folder: Path) -> list[str]:
 
 
 async def write_whole(path: Path, content: bytes, *, replace: bool = False) -> None:
-    async with await connect(f"file:{path}", replace=replace) as writer:
+    async with connect(f"file:{path}", Options(replace=replace)) as writer:
         await send_all(writer, [[content]])
 
 
 async def read_whole(path: Path) -> bytes:
-    async with await listen(f"file:{path}") as listener, await listener.accept() as reader:
+    async with listen(f"file:{path}") as listener, await listener.accept() as reader:
         return await receive_all(reader)
 
 
@@ -520,7 +532,7 @@ def is_partial(name: str) -> bool:
 
 async def test_a_file_has_its_name_only_when_finished(tmp_path: Path) -> None:
     path = tmp_path / "x"
-    async with await connect(f"file:{path}") as writer:
+    async with connect(f"file:{path}") as writer:
         assert not writer.answers
         await writer.send([NOISE])
         assert not path.exists()
@@ -536,10 +548,10 @@ async def test_a_file_has_its_name_only_when_finished(tmp_path: Path) -> None:
 
 
 async def test_a_file_that_is_not_finished_is_removed(tmp_path: Path) -> None:
-    async with await connect(f"file:{tmp_path}/x") as writer:
+    async with connect(f"file:{tmp_path}/x") as writer:
         await writer.send([b"half"])
     assert names(tmp_path) == []
-    async with await connect(f"file:{tmp_path}/x") as writer:
+    async with connect(f"file:{tmp_path}/x") as writer:
         await writer.send([b"half"])
         with anyio.CancelScope() as scope:
             scope.cancel()
@@ -551,14 +563,15 @@ async def test_an_existing_file_is_refused_and_kept(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_text("precious")
     with pytest.raises(TransportError, match=r"the file exists.*--force"):
-        await connect(f"file:{path}")
+        async with connect(f"file:{path}"):
+            pass
     assert path.read_text() == "precious"
     assert names(tmp_path) == ["x"]
 
 
 async def test_a_file_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "x"
-    async with await connect(f"file:{path}") as writer:
+    async with connect(f"file:{path}") as writer:
         await writer.send([b"mine"])
         path.write_text("precious")
         with pytest.raises(TransportError, match=r"the file exists.*--force"):
@@ -572,10 +585,10 @@ async def test_a_file_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
 async def test_replace_keeps_the_old_file_until_the_new_one_is_finished(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_text("old")
-    async with await connect(f"file:{path}", replace=True) as writer:
+    async with connect(f"file:{path}", Options(replace=True)) as writer:
         await writer.send([b"half"])
     assert path.read_text() == "old"
-    async with await connect(f"file:{path}", replace=True) as writer:
+    async with connect(f"file:{path}", Options(replace=True)) as writer:
         await writer.send([b"new"])
         assert path.read_text() == "old"
         await writer.finish()
@@ -595,14 +608,15 @@ async def test_only_regular_files_are_replaced(tmp_path: Path, make: Callable[[P
     make(path)
     before = path.lstat()
     with pytest.raises(TransportError, match="not a regular file"):
-        await connect(f"file:{path}", replace=True)
+        async with connect(f"file:{path}", Options(replace=True)):
+            pass
     assert path.lstat().st_ino == before.st_ino
     assert names(tmp_path) == ["x"]
 
 
 async def test_the_file_is_finished_in_the_folder_it_was_begun_in(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    async with await connect(f"file:{tmp_path}/a/x") as writer:
+    async with connect(f"file:{tmp_path}/a/x") as writer:
         await writer.send([b"here"])
         (tmp_path / "a").rename(tmp_path / "b")
         await writer.finish()
@@ -630,7 +644,7 @@ async def test_content_name_and_folder_are_synced_in_this_order(
         steps.append("name")
         link(*args, **kwargs)
 
-    async with await connect(f"file:{tmp_path}/x") as writer:
+    async with connect(f"file:{tmp_path}/x") as writer:
         monkeypatch.setattr(os, "fsync", noting_fsync)
         monkeypatch.setattr(os, "link", noting_link)
         await writer.send([b"12345"])
@@ -647,7 +661,7 @@ async def test_a_write_that_is_taken_in_parts(tmp_path: Path, monkeypatch: pytes
         return pwrite(fd, view[: 4096 if aligned else 1000], offset)
 
     monkeypatch.setattr(os, "pwrite", short_pwrite)
-    async with await connect(f"file:{tmp_path}/x") as writer:
+    async with connect(f"file:{tmp_path}/x") as writer:
         await send_all(writer, [[NOISE[:100_001], b"", NOISE[100_001:200_000]]])
     assert (tmp_path / "x").read_bytes() == NOISE[:200_000]
 
@@ -667,7 +681,7 @@ async def test_a_file_of_which_the_start_is_cached(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(blocks, "BLOCK", 8192)
     forget_the_cache(monkeypatch, kept=first)
     await write_whole(tmp_path / "x", NOISE[:50_000])
-    async with await listen(f"file:{tmp_path}/x") as listener, await listener.accept() as reader:
+    async with listen(f"file:{tmp_path}/x") as listener, await listener.accept() as reader:
         assert await receive_exactly(reader, first) == NOISE[:first]
         assert file_threads() == []
         assert await receive_all(reader) == NOISE[first:50_000]
@@ -676,7 +690,7 @@ async def test_a_file_of_which_the_start_is_cached(tmp_path: Path, monkeypatch: 
 async def test_a_file_that_shrinks_while_it_is_read_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forget_the_cache(monkeypatch, kept=6000)
     await write_whole(tmp_path / "x", NOISE[:50_000])
-    async with await listen(f"file:{tmp_path}/x") as listener, await listener.accept() as reader:
+    async with listen(f"file:{tmp_path}/x") as listener, await listener.accept() as reader:
         assert await receive_exactly(reader, 6000) == NOISE[:6000]
         os.truncate(tmp_path / "x", 5000)
         assert await receive_all(reader) == b""
@@ -686,7 +700,7 @@ async def test_what_lives_in_memory_is_read_without_threads(monkeypatch: pytest.
     fd = os.memfd_create("checkpoint", os.MFD_CLOEXEC)
     try:
         os.write(fd, NOISE[:1000])
-        async with await listen(f"file:/proc/self/fd/{fd}") as listener, await listener.accept() as reader:
+        async with listen(f"file:/proc/self/fd/{fd}") as listener, await listener.accept() as reader:
             assert await receive_all(reader) == NOISE[:1000]
             assert file_threads() == []
     finally:
@@ -712,7 +726,7 @@ FULL = r"/x: writing failed \(No space left on device\); free some space"
 
 @pytest.mark.usefixtures("full_disk")
 async def test_a_disk_that_gets_full(tmp_path: Path) -> None:
-    async with time_limit(), await connect(f"file:{tmp_path}/x") as writer:
+    async with time_limit(), connect(f"file:{tmp_path}/x") as writer:
         with pytest.raises(TransportError, match=FULL):
             while True:
                 await writer.send([NOISE[:8192]])
@@ -729,7 +743,7 @@ async def test_a_disk_that_gets_full(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [3 * 8192 - 1, 3 * 8192])
 async def test_a_disk_that_gets_full_at_the_end(tmp_path: Path, size: int) -> None:
     """All was taken; only finish can say that it did not get there."""
-    async with time_limit(), await connect(f"file:{tmp_path}/x") as writer:
+    async with time_limit(), connect(f"file:{tmp_path}/x") as writer:
         await writer.send([NOISE[:size]])
         with pytest.raises(TransportError, match=FULL):
             await writer.finish()
@@ -738,7 +752,7 @@ async def test_a_disk_that_gets_full_at_the_end(tmp_path: Path, size: int) -> No
 
 @pytest.mark.usefixtures("full_disk")
 async def test_a_send_that_fails_part_way_tears(tmp_path: Path) -> None:
-    async with time_limit(), await connect(f"file:{tmp_path}/x") as writer:
+    async with time_limit(), connect(f"file:{tmp_path}/x") as writer:
         with pytest.raises(TransportError, match=FULL):
             await writer.send([NOISE])
         with pytest.raises(TransportError, match="stopped part-way"):
@@ -754,7 +768,7 @@ def test_a_limit_on_file_sizes(tmp_path: Path) -> None:
         from vfiostream.transports import connect
         async def main():
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-            async with await connect(sys.argv[1]) as writer:
+            async with connect(sys.argv[1]) as writer:
                 try:
                     await writer.send([bytes(150_000)])
                     await writer.finish()
@@ -779,7 +793,7 @@ async def test_content_that_can_not_be_made_durable_gets_no_name(
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "fsync", failing_fsync)
-    async with await connect(f"file:{tmp_path}/x") as writer:
+    async with connect(f"file:{tmp_path}/x") as writer:
         await writer.send([b"lost"])
         with pytest.raises(TransportError, match=r"finishing failed \(Input/output error\)"):
             await writer.finish()
@@ -794,7 +808,7 @@ async def test_content_that_can_not_be_made_durable_gets_no_name(
 async def test_a_file_that_fails_after_it_was_named_is_gone(
     call: str, on: Callable[[Any], bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with await connect(f"file:{tmp_path}/x") as writer:
+    async with connect(f"file:{tmp_path}/x") as writer:
         await writer.send([b"whole"])
         with monkeypatch.context() as patch:
             let_fail(patch, call, on)
@@ -810,7 +824,7 @@ async def test_a_replaced_file_whose_folder_fails_is_whole_and_the_error_says_so
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "x").write_bytes(b"old")
-    async with await connect(f"file:{tmp_path}/x", replace=True) as writer:
+    async with connect(f"file:{tmp_path}/x", Options(replace=True)) as writer:
         await writer.send([b"whole"])
         with monkeypatch.context() as patch:
             let_fail(patch, "fsync", is_folder)
@@ -821,7 +835,7 @@ async def test_a_replaced_file_whose_folder_fails_is_whole_and_the_error_says_so
 
 
 async def test_a_name_that_can_not_be_taken_back_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with await connect(f"file:{tmp_path}/x") as writer:
+    async with connect(f"file:{tmp_path}/x") as writer:
         await writer.send([b"whole"])
         with monkeypatch.context() as patch:
             let_fail(patch, "fsync", is_folder)
@@ -843,7 +857,7 @@ async def test_only_the_file_that_failed_is_taken_back(tmp_path: Path, monkeypat
         (tmp_path / "theirs").replace(tmp_path / "x")
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    async with await connect(f"file:{tmp_path}/x") as writer:
+    async with connect(f"file:{tmp_path}/x") as writer:
         await writer.send([b"ours"])
         monkeypatch.setattr(os, "fsync", fsync_too_late)
         with pytest.raises(TransportError, match=r"finishing failed \(Input/output error\)"):
@@ -860,7 +874,8 @@ async def test_a_file_system_without_hard_links_is_refused_before_anything_is_wr
 
     monkeypatch.setattr(os, "link", no_links)
     with pytest.raises(TransportError, match=r"hard links.*--force"):
-        await connect(f"file:{tmp_path}/x")
+        async with connect(f"file:{tmp_path}/x"):
+            pass
     assert names(tmp_path) == []
     await write_whole(tmp_path / "x", b"with --force", replace=True)
     assert (tmp_path / "x").read_bytes() == b"with --force"
@@ -868,7 +883,8 @@ async def test_a_file_system_without_hard_links_is_refused_before_anything_is_wr
 
 async def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(TransportError, match=r"No such file or directory\); check the path; folders are not made"):
-        await connect(f"file:{tmp_path}/none/x")
+        async with connect(f"file:{tmp_path}/none/x"):
+            pass
 
 
 @pytest.mark.parametrize(
@@ -888,12 +904,13 @@ async def test_a_folder_that_can_not_be_written(
     monkeypatch.setattr(os, "open", refusing_open)
     descriptors = len(os.listdir("/proc/self/fd"))
     with pytest.raises(TransportError, match=rf"{re.escape(os.strerror(number))}\); .*{advice}"):
-        await connect(f"file:{tmp_path}/x")
+        async with connect(f"file:{tmp_path}/x"):
+            pass
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
 async def test_a_file_to_read_that_does_not_exist(tmp_path: Path) -> None:
-    async with await listen(f"file:{tmp_path}/x") as listener:
+    async with listen(f"file:{tmp_path}/x") as listener:
         with pytest.raises(TransportError, match=r"No such file or directory.*check the path"):
             await listener.accept()
 
@@ -902,7 +919,7 @@ async def test_a_file_to_read_that_does_not_exist(tmp_path: Path) -> None:
 async def test_only_regular_files_are_read(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "x")
     descriptors = len(os.listdir("/proc/self/fd"))
-    async with time_limit(), await listen(f"file:{tmp_path}/x") as listener:
+    async with time_limit(), listen(f"file:{tmp_path}/x") as listener:
         with pytest.raises(TransportError, match="not a regular file"):
             await listener.accept()
     assert len(os.listdir("/proc/self/fd")) == descriptors
@@ -910,7 +927,7 @@ async def test_only_regular_files_are_read(tmp_path: Path, make: Callable[[Path]
 
 async def test_a_file_can_be_read_again(tmp_path: Path) -> None:
     await write_whole(tmp_path / "x", NOISE[:1000])
-    async with await listen(f"file:{tmp_path}/x") as listener:
+    async with listen(f"file:{tmp_path}/x") as listener:
         for _ in range(2):
             async with await listener.accept() as reader:
                 assert not reader.answers
@@ -918,11 +935,11 @@ async def test_a_file_can_be_read_again(tmp_path: Path) -> None:
 
 
 async def test_a_file_has_one_direction(tmp_path: Path) -> None:
-    async with await connect(f"file:{tmp_path}/x") as writer:
+    async with connect(f"file:{tmp_path}/x") as writer:
         with pytest.raises(LocalProtocolError):
             await writer.receive([memoryview(bytearray(1))])
         await writer.finish()
-    async with await listen(f"file:{tmp_path}/x") as listener, await listener.accept() as reader:
+    async with listen(f"file:{tmp_path}/x") as listener, await listener.accept() as reader:
         with pytest.raises(LocalProtocolError):
             await reader.send([b"x"])
         with pytest.raises(LocalProtocolError):
@@ -986,7 +1003,7 @@ async def test_a_receive_cancelled_while_it_reads_loses_nothing(tmp_path: Path, 
         space = bytearray(100)
         received.extend(space[: await transport.receive([memoryview(space)])])
 
-    async with time_limit(), await listen(f"file:{tmp_path}/x") as listener, await listener.accept() as reader:
+    async with time_limit(), listen(f"file:{tmp_path}/x") as listener, await listener.accept() as reader:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(receive_once, reader)
             await anyio.to_thread.run_sync(held_read.begun.wait)
@@ -1007,7 +1024,7 @@ async def test_a_send_copies_and_waits_only_for_room(tmp_path: Path, held_write:
             sent = start + 1000
         await transport.finish()
 
-    async with time_limit(), await connect(f"file:{tmp_path}/x") as writer, anyio.create_task_group() as tasks:
+    async with time_limit(), connect(f"file:{tmp_path}/x") as writer, anyio.create_task_group() as tasks:
         tasks.start_soon(send_much, writer)
         await anyio.to_thread.run_sync(held_write.begun.wait)
         await anyio.wait_all_tasks_blocked()
@@ -1019,7 +1036,7 @@ async def test_a_send_copies_and_waits_only_for_room(tmp_path: Path, held_write:
 async def test_a_send_cancelled_while_it_waits_for_its_first_byte_was_not_begun(
     tmp_path: Path, held_write: Held
 ) -> None:
-    async with time_limit(), await connect(f"file:{tmp_path}/x") as writer:
+    async with time_limit(), connect(f"file:{tmp_path}/x") as writer:
         await writer.send([NOISE[:ALL_BLOCKS]])
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(writer.send, [b"never"])
@@ -1031,7 +1048,7 @@ async def test_a_send_cancelled_while_it_waits_for_its_first_byte_was_not_begun(
 
 
 async def test_a_send_to_a_file_cancelled_part_way_tears(tmp_path: Path, held_write: Held) -> None:
-    async with time_limit(), await connect(f"file:{tmp_path}/x") as writer:
+    async with time_limit(), connect(f"file:{tmp_path}/x") as writer:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(writer.send, [NOISE])
             await anyio.wait_all_tasks_blocked()
@@ -1045,7 +1062,7 @@ async def test_a_send_to_a_file_cancelled_part_way_tears(tmp_path: Path, held_wr
 
 
 async def test_a_finish_cancelled_while_content_is_written_gives_no_name(tmp_path: Path, held_write: Held) -> None:
-    async with time_limit(), await connect(f"file:{tmp_path}/x") as writer:
+    async with time_limit(), connect(f"file:{tmp_path}/x") as writer:
         await writer.send([b"half"])
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(writer.finish)
@@ -1063,7 +1080,7 @@ async def test_a_file_is_closed_while_a_send_waits(tmp_path: Path, held_write: H
         with pytest.raises(TransportError, match="closed while in use"):
             await transport.send([NOISE])
 
-    async with time_limit(), await connect(f"file:{tmp_path}/x") as writer, anyio.create_task_group() as tasks:
+    async with time_limit(), connect(f"file:{tmp_path}/x") as writer, anyio.create_task_group() as tasks:
         tasks.start_soon(send_and_be_closed, writer)
         await anyio.wait_all_tasks_blocked()
         tasks.start_soon(writer.aclose)
@@ -1081,7 +1098,7 @@ async def test_a_file_is_closed_while_a_receive_waits(tmp_path: Path, held_read:
         with pytest.raises(TransportError, match="closed while in use"):
             await transport.receive([memoryview(bytearray(1))])
 
-    async with time_limit(), await listen(f"file:{tmp_path}/x") as listener:
+    async with time_limit(), listen(f"file:{tmp_path}/x") as listener:
         reader = await listener.accept()
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(receive_and_be_closed, reader)
@@ -1095,28 +1112,28 @@ async def test_a_file_is_closed_while_a_receive_waits(tmp_path: Path, held_read:
 @pytest.mark.parametrize("cancel", [False, True])
 async def test_no_thread_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cancel: bool) -> None:
     monkeypatch.setattr(blocks, "BLOCK", 8192)
-    writer = await connect(f"file:{tmp_path}/x")
-    await writer.send([NOISE[:100_000]])
-    assert len(file_threads()) == 1
-    await writer.finish()
-    forget_the_cache(monkeypatch)
-    async with await listen(f"file:{tmp_path}/x") as listener:
-        reader = await listener.accept()
-    assert await receive_exactly(reader, 100) == NOISE[:100]
-    assert len(file_threads()) == 3
-    for transport in (writer, reader):
-        with anyio.CancelScope() as scope:
-            if cancel:
-                scope.cancel()
-            await transport.aclose()
-    assert file_threads() == []
+    async with connect(f"file:{tmp_path}/x") as writer:
+        await writer.send([NOISE[:100_000]])
+        assert len(file_threads()) == 1
+        await writer.finish()
+        forget_the_cache(monkeypatch)
+        async with listen(f"file:{tmp_path}/x") as listener:
+            reader = await listener.accept()
+        assert await receive_exactly(reader, 100) == NOISE[:100]
+        assert len(file_threads()) == 3
+        for transport in (writer, reader):
+            with anyio.CancelScope() as scope:
+                if cancel:
+                    scope.cancel()
+                await transport.aclose()
+        assert file_threads() == []
 
 
 async def test_a_file_system_that_hangs_does_not_keep_aclose(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, held_write: Held
 ) -> None:
     monkeypatch.setattr(file, "CLOSE_TIMEOUT", 0)
-    async with time_limit(), await connect(f"file:{tmp_path}/x") as writer:
+    async with time_limit(), connect(f"file:{tmp_path}/x") as writer:
         await writer.send([NOISE[:8192]])
         [thread] = file_threads()
         await anyio.to_thread.run_sync(held_write.begun.wait)
@@ -1158,3 +1175,20 @@ async def test_memory_holds_no_more_than_its_capacity() -> None:
             await anyio.wait_all_tasks_blocked()
             assert await receiver.receive([memoryview(bytearray(64 * KIB))]) == 100
             assert await receive_all(receiver) == b"x"
+
+
+# ---- options
+
+
+async def test_what_an_address_does_not_have_is_refused() -> None:
+    for opening in (connect, listen):
+        with pytest.raises(UsageError, match=r"^tcp:127\.0\.0\.1:0: such an address has no replace; leave that away$"):
+            async with opening("tcp:127.0.0.1:0", Options(replace=True)):
+                pass
+
+
+async def test_nobody_answers_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(anyio, "getaddrinfo", lambda *_, **__: anyio.sleep_forever())
+    with pytest.raises(TransportError, match=r"^tcp:host:1: nobody answered within 0 s; check the address"):
+        async with connect("tcp:host:1", Options(timeout=0)):
+            pass

@@ -272,7 +272,7 @@ def _lines(
 
 def _serve(address: str, max_size: int, once: bool, output: Output) -> Exit:
     async def work(run: Run) -> None:
-        async with await transports.listen(address) as listener:
+        async with transports.listen(address) as listener:
             run.report.listening(listener.address)
             if once:
                 run.result = _served(1, await serve(listener, max_size))

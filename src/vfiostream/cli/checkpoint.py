@@ -22,6 +22,7 @@ from vfiostream.guest import Guest
 from vfiostream.pipeline.describe import described
 from vfiostream.pipeline.settings import Settings
 from vfiostream.policy import Precopy
+from vfiostream.transports.options import Options
 
 _file = click.argument("file", type=option_type(parse_file_address))
 
@@ -61,7 +62,7 @@ def save(
         run.follow()
         with Guest.open(memory) as guest:
             async with await open_device(device, order=order, timeout=device_timeout, recording=recording) as opened:
-                async with await transports.connect(file, replace=force) as writer:
+                async with transports.connect(file, Options(replace=force)) as writer:
                     run.result = moved(
                         await checkpoint.save(
                             opened, writer, guest=guest, policy=policy, settings=settings, progress=run.progress
@@ -100,7 +101,7 @@ def restore(
         run.follow()
         with Guest.open(memory) as guest:
             async with await open_device(device, timeout=device_timeout, recording=recording) as opened:
-                async with await transports.listen(file) as listener, await listener.accept() as reader:
+                async with transports.listen(file) as listener, await listener.accept() as reader:
                     run.result = moved(
                         await checkpoint.restore(reader, opened, guest=guest, settings=settings, progress=run.progress)
                     )
@@ -138,7 +139,7 @@ def verify(file: str, output: Output) -> Exit:
     """
 
     async def work(run: Run) -> None:
-        async with await transports.listen(file) as listener, await listener.accept() as reader:
+        async with transports.listen(file) as listener, await listener.accept() as reader:
             found = await checkpoint.verify(reader)
         run.result = Result(_document("verified", found), _lines(file, "verified", found))
 

@@ -109,7 +109,7 @@ async def _move(folder: Path, run: Run) -> None:
     ):
         run.follow()
         with Guest.open([(GUEST_ADDRESS, source.memory)]) as guest:
-            async with await open_device(source.address) as device, await transports.connect(link) as transport:
+            async with await open_device(source.address) as device, transports.connect(link) as transport:
                 summary = await migrate.send(device, transport, guest=guest, progress=run.progress)
         with anyio.move_on_after(PATIENCE):
             await receiver.wait()

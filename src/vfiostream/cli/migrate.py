@@ -51,7 +51,7 @@ def send(
         run.follow()
         with Guest.open(memory) as guest:
             async with await open_device(device, order=order, timeout=device_timeout, recording=recording) as opened:
-                async with await transports.connect(destination) as link:
+                async with transports.connect(destination) as link:
                     run.result = moved(
                         await migrate.send(
                             opened, link, guest=guest, policy=policy, settings=settings, progress=run.progress
@@ -90,13 +90,13 @@ def receive(
     async def work(run: Run) -> None:
         with Guest.open(memory) as guest:
             async with await open_device(device, timeout=device_timeout, recording=recording) as opened:
-                async with await transports.listen(source) as listener:
+                async with transports.listen(source) as listener:
                     run.report.listening(listener.address)
-                    link = await listener.accept()
-                async with link:
-                    run.follow()
-                    run.result = moved(
-                        await migrate.receive(opened, link, guest=guest, settings=settings, progress=run.progress)
-                    )
+                    async with await listener.accept() as link:
+                        await listener.aclose()  # One sender is served.
+                        run.follow()
+                        run.result = moved(
+                            await migrate.receive(opened, link, guest=guest, settings=settings, progress=run.progress)
+                        )
 
     return carry_out(work, output, cancelled="nothing was committed, so the target does not run what came")

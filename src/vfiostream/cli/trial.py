@@ -33,6 +33,7 @@ from vfiostream.guest import PAGE_SIZE
 from vfiostream.pipeline.progress import Progress, Summary
 from vfiostream.pipeline.settings import Settings
 from vfiostream.transports.contract import Listener, Transport
+from vfiostream.transports.options import Options
 from vfiostream.version import SOFTWARE
 
 NOTE_SIZE = PAGE_SIZE
@@ -196,9 +197,7 @@ async def _send(specimen: Specimen, link: Transport, settings: Settings, follow:
 
 @asynccontextmanager
 async def _connected(address: str) -> AsyncIterator[Transport]:
-    with _within(address, PATIENCE):
-        link = await transports.connect(address)
-    async with link:
+    async with transports.connect(address, Options(timeout=PATIENCE)) as link:
         yield link
 
 

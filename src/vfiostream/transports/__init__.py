@@ -1,16 +1,20 @@
 """Transports by address: ``tcp:HOST:PORT``, ``unix:PATH``, ``file:PATH``.
 
 The module of a scheme is imported when an address names it, so nobody pays for a transport he does not use. Such a
-module has ``connect(address, *, replace)`` and ``listen(address)``, which get the whole address and check its rest.
+module has ``connect(address, options)`` and ``listen(address, options)``, both async context managers, which get the
+whole address and check its rest.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Protocol, cast
 
 from vfiostream.errors import UsageError
 from vfiostream.transports.contract import Listener, Transport
+from vfiostream.transports.options import Options
 
 _SCHEMES = {
     "tcp": ("tcp:HOST:PORT", "vfiostream.transports.stream"),
@@ -20,9 +24,9 @@ _SCHEMES = {
 
 
 class _SchemeModule(Protocol):
-    async def connect(self, address: str, *, replace: bool) -> Transport: ...
+    def connect(self, address: str, options: Options) -> AbstractAsyncContextManager[Transport]: ...
 
-    async def listen(self, address: str) -> Listener: ...
+    def listen(self, address: str, options: Options) -> AbstractAsyncContextManager[Listener]: ...
 
 
 def _module_of(address: str) -> _SchemeModule:
@@ -33,16 +37,21 @@ def _module_of(address: str) -> _SchemeModule:
     return cast(_SchemeModule, importlib.import_module(_SCHEMES[scheme][1]))
 
 
-async def connect(address: str, *, replace: bool = False) -> Transport:
-    """Open ``address`` to send to it.
+@asynccontextmanager
+async def connect(address: str, options: Options | None = None) -> AsyncIterator[Transport]:
+    """Open ``address`` to send to it; closed when the context ends.
 
-    ``replace`` lets a file that exists be replaced when the new one is finished; it has no meaning elsewhere. Raises
-    :class:`~vfiostream.errors.UsageError` for what is not an address and
+    Raises :class:`~vfiostream.errors.UsageError` for what is not an address, or has not what ``options`` ask for, and
     :class:`~vfiostream.errors.TransportError` when it can't be opened.
     """
-    return await _module_of(address).connect(address, replace=replace)
+    async with _module_of(address).connect(address, options or Options()) as transport:
+        yield transport
 
 
-async def listen(address: str) -> Listener:
-    """Open ``address`` to receive from it; raises as :func:`connect` does. A file is opened by ``accept``."""
-    return await _module_of(address).listen(address)
+@asynccontextmanager
+async def listen(address: str, options: Options | None = None) -> AsyncIterator[Listener]:
+    """Open ``address`` to receive from it; raises as :func:`connect` does. A file is opened by ``accept``. What was
+    accepted lives until it is closed, and no longer than the context.
+    """
+    async with _module_of(address).listen(address, options or Options()) as listener:
+        yield listener

@@ -80,4 +80,6 @@ class Listener(Closing):
 
     @abstractmethod
     async def aclose(self) -> None:
-        """Stop listening; transports that were accepted live on. Never raises; may be called again."""
+        """Stop listening: nobody else gets in. Transports that were accepted live on, but no longer than the context
+        the listener is from. Never raises; may be called again.
+        """

@@ -21,7 +21,8 @@ import os
 import secrets
 import stat
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
 
 import anyio
 import anyio.lowlevel
@@ -30,6 +31,7 @@ import anyio.to_thread
 from vfiostream.buffers import Buffer
 from vfiostream.errors import LocalProtocolError, TransportError, UsageError
 from vfiostream.transports.contract import Listener, Transport
+from vfiostream.transports.options import Options
 from vfiostream.transports.read_ahead import ReadAhead
 from vfiostream.transports.unsent import IOV_MAX
 from vfiostream.transports.write_behind import WriteBehind
@@ -282,15 +284,21 @@ class FileListener(Listener):
         self._closed = True
 
 
-async def connect(address: str, *, replace: bool) -> Transport:
-    """Begin a file of mode 0600. One that exists is refused, or replaced by ``finish`` with ``replace``."""
-    return await anyio.to_thread.run_sync(_open_to_write, address, replace)
+@asynccontextmanager
+async def connect(address: str, options: Options) -> AsyncIterator[Transport]:
+    """Begin a file of mode 0600. One that exists is refused, or replaced by ``finish`` with ``options.replace``."""
+    options.only(address, "replace")
+    async with await anyio.to_thread.run_sync(_open_to_write, address, options.replace) as writer:
+        yield writer
 
 
-async def listen(address: str) -> Listener:
+@asynccontextmanager
+async def listen(address: str, options: Options) -> AsyncIterator[Listener]:
     """Name a file to be read; whether it can be is known at ``accept``."""
+    options.only(address)
     await anyio.lowlevel.checkpoint()
-    return FileListener(address)
+    async with FileListener(address) as listener:
+        yield listener
 
 
 def _open_to_write(address: str, replace: bool) -> FileWriter:

@@ -2,12 +2,7 @@
 
 A raw non-blocking socket with ``sendmsg`` and ``recv_into`` copies nothing and asks the event loop only when the kernel
 has no room or no data. Measured against iperf3 it reaches 0.58 to 0.66 on asyncio and trio alike; anyio's streams reach
-0.3 to 0.64 depending on the loop, asyncio's 0.25. Invariants:
-
-- After a part of a send went out and until the rest has, ``_torn`` is set; so whatever ends the call in between leaves
-  it set.
-- The kernel reports a reset once and calls the stream ended from then on. ``_lost`` remembers it, so that a broken
-  stream never looks like a finished one, even if the other direction was told.
+0.3 to 0.64 depending on the loop, asyncio's 0.25.
 """
 
 from __future__ import annotations
@@ -18,15 +13,17 @@ import os
 import re
 import socket
 import stat
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
 import anyio
 import anyio.lowlevel
 
 from vfiostream.buffers import Buffer
-from vfiostream.errors import ConnectionLost, LocalProtocolError, TransportError, UsageError
+from vfiostream.errors import TransportError, UsageError
 from vfiostream.transports.contract import Listener, Transport
-from vfiostream.transports.unsent import IOV_MAX, Unsent
+from vfiostream.transports.options import Options
+from vfiostream.transports.polled import PolledTransport
 
 logger = logging.getLogger("vfiostream.transport")
 
@@ -54,111 +51,36 @@ UNIX_SEND_BUFFER = 2 << 20
 UNIX_PATH_MAX = 107
 """Bytes of ``sun_path`` without its terminating zero (unix(7))."""
 
-_LOST = frozenset(
-    {
-        errno.ECONNABORTED,
-        errno.ECONNRESET,
-        errno.EHOSTDOWN,
-        errno.EHOSTUNREACH,
-        errno.ENETDOWN,
-        errno.ENETRESET,
-        errno.ENETUNREACH,
-        errno.ENOTCONN,
-        errno.EPIPE,
-        errno.ETIMEDOUT,
-    }
-)
-"""What says that the peer or the way to it is gone, not that something is wrong here."""
-
 _TCP_ADDRESS = re.compile(r"tcp:(?:\[(?P<bracketed>[^][]+)\]|(?P<plain>[^][:]+)):(?P<port>[0-9]{1,5})")
 
 
-class SocketTransport(Transport):
+class SocketTransport(PolledTransport):
     """A connected stream socket, non-blocking, which this object owns."""
 
     def __init__(self, sock: socket.socket, address: str) -> None:
-        self.address = address
-        self.answers = True
+        super().__init__(address)
         self._sock = sock
-        self._torn = False
-        self._finished = False
-        self._lost = False
-        self._closed = False
         self._wakes_at = 1 if sock.family != socket.AF_UNIX else None
         """Bytes that the kernel lets a waiting reader wake up for (SO_RCVLOWAT); None where it has no such thing."""
 
-    async def send(self, buffers: Sequence[Buffer]) -> None:
-        self._check_can_send()
-        await anyio.lowlevel.checkpoint_if_cancelled()
-        size = sum(map(len, buffers))
-        # As a rule the kernel takes everything, and the caller's own list will do.
-        taken = await self._send_some(buffers, 0) if len(buffers) <= IOV_MAX else 0
-        if taken < size:
-            with Unsent(buffers) as unsent:
-                unsent.advance(taken)
-                while unsent:
-                    self._torn = taken > 0
-                    count = await self._send_some(unsent.head(), taken)
-                    unsent.advance(count)
-                    taken += count
-            self._torn = False
-        if logger.isEnabledFor(logging.DEBUG):
-            logger.debug("%s: sent %d bytes", self.address, size)
+    def _write(self, buffers: Sequence[Buffer]) -> int:
+        return self._sock.sendmsg(buffers, (), socket.MSG_NOSIGNAL)
 
-    async def _send_some(self, buffers: Sequence[Buffer], taken: int) -> int:
-        """Wait until the kernel takes something of ``buffers``; ``taken`` bytes of the same call went before them."""
-        while True:
-            self._check_open()
-            try:
-                return self._sock.sendmsg(buffers, (), socket.MSG_NOSIGNAL)
-            except BlockingIOError:
-                await self._wait(anyio.wait_writable)
-            except OSError as error:
-                self._torn = True
-                failure = self._failure("sending", error)
-                failure.taken = taken
-                raise failure from error
+    def _read(self, into: Sequence[memoryview]) -> int:
+        return self._sock.recvmsg_into(into)[0]
 
-    async def receive(self, into: Sequence[memoryview], least: int = 1) -> int:
-        self._check_open()
-        # Before the bytes are taken: nothing may be awaited between taking and returning them.
-        await anyio.lowlevel.checkpoint_if_cancelled()
-        if len(into) > IOV_MAX:
-            into = into[:IOV_MAX]
-        while True:
-            self._check_open()
-            try:
-                count = self._sock.recvmsg_into(into)[0]
-            except BlockingIOError:
-                self._wake_at(min(least, WAKE_AT))
-                await self._wait(anyio.wait_readable)
-            except OSError as error:
-                raise self._failure("receiving", error) from error
-            else:
-                break
-        if logger.isEnabledFor(logging.DEBUG):
-            logger.debug("%s: received %d bytes", self.address, count)
-        if count == 0 and self._lost:
-            raise ConnectionLost(self._lost_text())
-        return count
+    async def _writable(self) -> None:
+        await anyio.wait_writable(self._sock)
 
-    async def finish(self) -> None:
-        self._check_can_send()
-        await anyio.lowlevel.checkpoint()
-        self._check_open()
-        try:
-            self._sock.shutdown(socket.SHUT_WR)
-        except OSError as error:
-            raise self._failure("finishing", error) from error
-        self._finished = True
-        logger.debug("%s: finished sending", self.address)
+    async def _readable(self, least: int) -> None:
+        self._wake_at(min(least, WAKE_AT))
+        await anyio.wait_readable(self._sock)
 
-    async def aclose(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
+    async def _end(self) -> None:
+        self._sock.shutdown(socket.SHUT_WR)
+
+    async def _let_go(self) -> None:
         await _close(self._sock)
-        logger.debug("%s: closed", self.address)
 
     def _wake_at(self, count: int) -> None:
         """Do not wake a waiting reader for fewer than ``count`` bytes. The kernel wakes it all the same where the
@@ -167,39 +89,6 @@ class SocketTransport(Transport):
         if self._wakes_at not in (None, count):
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count)
             self._wakes_at = count
-
-    async def _wait(self, ready: Callable[[socket.socket], Awaitable[None]]) -> None:
-        try:
-            await ready(self._sock)
-        except anyio.ClosedResourceError as error:
-            raise TransportError(f"{self.address}: it was closed while in use; open a new one") from error
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise TransportError(f"{self.address}: it was closed; open a new one")
-
-    def _check_can_send(self) -> None:
-        self._check_open()
-        if self._finished:
-            raise LocalProtocolError(f"{self.address}: nothing can be sent or finished after finish")
-        if self._lost:
-            failure = ConnectionLost(self._lost_text())
-            failure.taken = 0
-            raise failure
-        if self._torn:
-            raise TransportError(f"{self.address}: an earlier send stopped part-way; start over on a new connection")
-
-    def _lost_text(self) -> str:
-        return f"{self.address}: the connection is lost; start over on a new one"
-
-    def _failure(self, doing: str, error: OSError) -> TransportError:
-        reason = error.strerror
-        if error.errno in _LOST:
-            self._lost = True
-            return ConnectionLost(
-                f"{self.address}: the connection was lost while {doing} ({reason}); see the other end"
-            )
-        return TransportError(f"{self.address}: {doing} failed ({reason}); start over on a new connection")
 
 
 class SocketListener(Listener):
@@ -250,11 +139,22 @@ class SocketListener(Listener):
         logger.debug("%s: closed", self.address)
 
 
-async def connect(address: str, *, replace: bool) -> Transport:
-    """Connect to whoever listens at ``address``; of a host with several addresses, the first that answers.
+@asynccontextmanager
+async def connect(address: str, options: Options) -> AsyncIterator[Transport]:
+    """Connect to whoever listens at ``address``; of a host with several addresses, the first that answers."""
+    options.only(address)
+    try:
+        with anyio.fail_after(options.timeout):
+            transport = await _connect(address)
+    except TimeoutError as error:
+        raise TransportError(
+            f"{address}: nobody answered within {options.timeout:g} s; check the address and the network"
+        ) from error
+    async with transport:
+        yield transport
 
-    ``replace`` has no meaning here.
-    """
+
+async def _connect(address: str) -> Transport:
     for family, target in await _targets(address):
         try:
             sock = await _connected(family, target)
@@ -292,11 +192,18 @@ def _connect_problem(error: OSError) -> str:
     return f"connecting failed ({error.strerror}); check the address and the network"
 
 
-async def listen(address: str) -> Listener:
+@asynccontextmanager
+async def listen(address: str, options: Options) -> AsyncIterator[Listener]:
     """Listen at ``address``; of a host with several addresses, at the first that can be bound.
 
     A UNIX socket that nobody listens on any more is replaced. Only its owner may connect to the new one.
     """
+    options.only(address)
+    async with await _listen(address) as listener:
+        yield listener
+
+
+async def _listen(address: str) -> Listener:
     targets = await _targets(address, passive=True)
     path = str(targets[0][1]) if targets[0][0] == socket.AF_UNIX else None
     if path is not None:
