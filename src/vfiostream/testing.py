@@ -1,9 +1,9 @@
 """What every transport must do, as a suite for its author to inherit from: the one our own transports are held to.
 
 :class:`TransportContract` holds for everything that moves bytes, a file too; :class:`PipeContract` adds what holds
-where both ends are open at once, and :class:`LinkContract` what holds where the other end answers. A test class says how
-its transport is made by overriding :meth:`TransportContract.sender` and :meth:`~TransportContract.receiver` or, where
-both ends are open at once, :meth:`PipeContract.pair`::
+where both ends are open at once, and :class:`LinkContract` what holds where the other end answers. A test class says
+how its transport is made by overriding :meth:`TransportContract.sender` and :meth:`~TransportContract.receiver` or,
+where both ends are open at once, :meth:`PipeContract.pair`::
 
     class TestCarrierPigeon(LinkContract):
         @asynccontextmanager
