@@ -174,6 +174,12 @@ class Frame(NamedTuple):
         assert isinstance(record, Ack)
         return cls(number, f"ACK {record.of}", data)
 
+    @staticmethod
+    def size_of(data: bytes) -> int:
+        """Of the frame that begins with ``data``, as the offsets of ``docs/format.md`` have it."""
+        header, payload = (int.from_bytes(data[at : at + 4], "little") for at in (12, 24))
+        return framing.PREFIX_SIZE + header + payload
+
     def is_at(self, where: str | int) -> bool:
         return where in (self.number, self.name)
 
@@ -193,12 +199,20 @@ class Link(Transport):
         self._interfere = interfere
         self._trace = trace
         self._lost = False
+        self._pieces = b""
+        """What has come of a frame that is sent piece by piece."""
 
     async def send(self, buffers: Sequence[Buffer]) -> None:
         self._check(0)
         if not any(buffers):
             return
-        frame = Frame.parse(b"".join(buffers), len(self.frames) + 1)
+        data = self._pieces + b"".join(buffers)
+        if len(data) < Frame.size_of(data):
+            self._pieces = data
+            await self._trace.passing("after a piece")
+            return
+        self._pieces = b""
+        frame = Frame.parse(data, len(self.frames) + 1)
         await self._trace.passing(f"before send {frame.name}")
         await anyio.lowlevel.checkpoint()
         self.frames.append(frame)

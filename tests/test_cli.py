@@ -127,7 +127,8 @@ def test_the_options_that_others_rely_on() -> None:
     for name in ("send", "receive", "save", "restore"):
         assert "--guest-memory" in options_of(name)
     for name in ("send", "save"):
-        assert {"--downtime-limit", "--max-bandwidth", "--max-rounds", "--max-time", "--compress"} <= options_of(name)
+        assert {"--max-bandwidth", "--switchover-bandwidth", "--compress"} <= options_of(name)
+        assert {"--downtime-limit", "--max-rounds", "--max-time"} <= options_of(name)
     assert "--force" in options_of("save")
     for path in (("send",), ("receive",), ("save",), ("restore",), ("check",), ("describe",), ("device", "resume")):
         assert {"--record", "--record-payloads"} <= options_of(*path)

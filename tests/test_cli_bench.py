@@ -25,6 +25,7 @@ from vfiostream.errors import ConnectionLost, Incompatible, UsageError
 from vfiostream.pipeline.progress import Progress, Summary
 from vfiostream.pipeline.settings import Settings
 from vfiostream.transports.contract import Listener
+from vfiostream.transports.options import Options
 
 __all__ = ["call", "socket_dir"]  # fixtures
 
@@ -320,7 +321,7 @@ async def test_both_ends_in_one_process(listener: Listener) -> None:
             tasks.start_soon(serve)
             for what in specimen.WHATS:
                 part = Part(what, SIZE, 2, last=what == specimen.WHATS[-1])
-                runs, answer = await trial.measure(listener.address, part, content, settings, follow)
+                runs, answer = await trial.measure(listener.address, Options(), part, content, settings, follow)
                 assert [done.compression for done in runs] == ["off", "1"]
                 assert answer.refused is None
                 for done in runs:
@@ -355,7 +356,7 @@ async def test_who_asks_and_goes_away_is_given_up(listener: Listener, monkeypatc
     monkeypatch.setattr(trial, "PATIENCE", 0.2)
 
     async def ask() -> None:
-        await trial._ask(listener.address, Part("guest memory", MIB, 1, last=True))
+        await trial._ask(listener.address, Options(), Part("guest memory", MIB, 1, last=True))
 
     with anyio.fail_after(LIMIT):
         async with anyio.create_task_group() as tasks:
@@ -369,7 +370,7 @@ async def test_who_asks_and_then_moves_nothing_is_given_up(listener: Listener, m
     over = anyio.Event()
 
     async def ask() -> None:
-        await trial._ask(listener.address, Part("guest memory", MIB, 1, last=True))
+        await trial._ask(listener.address, Options(), Part("guest memory", MIB, 1, last=True))
         async with transports.connect(listener.address) as link:
             await trial._read_note(link)
         monkeypatch.setattr(trial, "PATIENCE", 0.2)
@@ -397,7 +398,7 @@ async def test_no_memory_is_taken_for_who_asks_too_much(listener: Listener, monk
     monkeypatch.setattr(specimen, "Specimen", Counted)
 
     async def ask(size: int) -> None:
-        await trial._ask(listener.address, Part("guest memory", size, 1, last=True))
+        await trial._ask(listener.address, Options(), Part("guest memory", size, 1, last=True))
         async with transports.connect(listener.address) as link:
             answer = trial._parsed(Answer, await trial._read_note(link))
         assert answer.refused is not None

@@ -617,6 +617,51 @@ def test_traceback_gives_the_rest(call: Call, socket_dir: Path) -> None:
     assert re.search(r"\nvfiostream: [^\n]+\n$", ended.errors)
 
 
+# ---- asked and changed while it runs
+
+
+def test_a_limit_is_changed_while_it_holds(source: str, target: str, socket_dir: Path) -> None:
+    ours, theirs = socket_dir / "ours", socket_dir / "theirs"
+    with Program("receive", "tcp:127.0.0.1:0", target, "--json", "--control", theirs) as receiver:
+        with Program("send", source, listening(receiver), "--json", "--max-bandwidth", 1, "--control", ours) as sender:
+            receiver.until(lambda event: event["phase"] == "precopy")
+            seen = run("control", ours, "status", "--json")
+            (event,) = seen.events
+            check_fields(event, "summary of control")
+            assert (event["phase"], event["max_bandwidth"], event["switchover_bandwidth"]) == ("precopy", 1, None)
+            plain = run("control", theirs, "status")
+            assert (plain.code, plain.errors) == (0, "")
+            assert re.match("precopy, round [01], for ", plain.output)
+
+            refused = run("control", theirs, "set", "max-bandwidth", "1GiB")
+            assert refused.code == 2
+            assert "this end has no limits" in sentence(refused)
+            changed = run("control", ours, "set", "switchover-bandwidth", "1GiB/s", "--json")
+            assert (changed.events[0]["max_bandwidth"], changed.events[0]["switchover_bandwidth"]) == (1, 1 << 30)
+            assert run("control", ours, "set", "max-bandwidth", "none").code == 0
+            ended, received = sender.end(), receiver.end()
+    assert (ended.code, received.code) == (0, 0)
+    assert not list(socket_dir.glob("*urs"))
+    assert not theirs.exists()
+    gone = run("control", ours, "status")
+    assert gone.code == 1
+    assert "no command answers there" in sentence(gone)
+
+
+def test_a_save_and_a_restore_answer_too(
+    still: str, target: str, checkpoint: Path, tmp_path: Path, socket_dir: Path
+) -> None:
+    path = socket_dir / "control"
+    with Program("save", still, f"file:{tmp_path / 'c'}", "--json", "--max-bandwidth", 1, "--control", path) as saver:
+        saver.phase("precopy")
+        assert run("control", path, "set", "max-bandwidth", "none", "--json").events[0]["max_bandwidth"] is None
+        assert saver.end().code == 0
+    busy = run("restore", f"file:{checkpoint}", target, "--control", tmp_path)
+    assert busy.code == 1
+    assert "is not a socket" in sentence(busy)
+    assert run("restore", f"file:{checkpoint}", target, "--control", path).code == 0
+
+
 # ---- called off
 
 

@@ -17,6 +17,7 @@ from vfiostream.errors import ConnectionLost, DeviceLost, GuestError, SourceStuc
 from vfiostream.guest import Guest
 from vfiostream.migrate import receive, send
 from vfiostream.pipeline import source as source_module
+from vfiostream.pipeline.bandwidth import Bandwidth
 from vfiostream.pipeline.frames import read_reply
 from vfiostream.pipeline.settings import Settings
 from vfiostream.policy import Precopy, RoundReport, Verdict
@@ -217,7 +218,7 @@ async def test_a_guest_that_can_not_be_paused_runs_on() -> None:
 async def test_a_slow_link_of_our_own_making_is_not_the_targets_fault() -> None:
     async with machines(replace(SMALL, memory=256 * 1024)) as (source, target):
         here, there = memory_pair(MIB)
-        settings = Settings(max_bandwidth=400_000, chunk=64 * 1024, patience=0.3)
+        settings = Settings(bandwidth=Bandwidth(400_000, 400_000), chunk=64 * 1024, patience=0.3)
         with anyio.fail_after(30):
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(lambda: receive(target.device, there, settings=replace(settings, patience=20)))

@@ -48,12 +48,13 @@ from vfiostream.errors import (
     SourceStuck,
     StreamError,
 )
-from vfiostream.pipeline import frames as frames_module, outbound as outbound_module, target as target_module
+from vfiostream.pipeline import outbound as outbound_module, target as target_module
+from vfiostream.pipeline.bandwidth import Bandwidth
 from vfiostream.pipeline.budget import Budget, Lease
-from vfiostream.pipeline.frames import Pace
 from vfiostream.pipeline.progress import Progress, Summary
 from vfiostream.policy import RoundReport, Verdict
 from vfiostream.protocol.framing import PREFIX_SIZE
+from vfiostream.transports.contract import Transport
 from vfiostream.uapi.four_region import State
 from vfiostream.vendor.inprocess import InProcessAccess
 from vfiostream.vendor.settings import OPERATIONS, Fault, Operation
@@ -66,8 +67,7 @@ exhaustive = pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
 @pytest.fixture(autouse=True)
 def no_long_goodbyes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last words of an end that gave up may take as long as they need, to somebody who does not listen too."""
-    for module in (frames_module, outbound_module):
-        monkeypatch.setattr(module, "LINGER", 0.5)
+    monkeypatch.setattr(Transport, "linger", 0.5)
 
 
 async def undisturbed() -> World:
@@ -102,7 +102,7 @@ async def test_a_loss_at_every_frame(kind: Callable[[int], Interference]) -> Non
 async def test_a_link_that_stalls_at_every_frame_can_be_left(monkeypatch: pytest.MonkeyPatch) -> None:
     # Nobody takes any last words here.
     monkeypatch.setattr(outbound_module, "GRACE", 0.02)
-    monkeypatch.setattr(frames_module, "LINGER", 0.02)
+    monkeypatch.setattr(Transport, "linger", 0.02)
     plain = await undisturbed()
     for direction, frames in (("out", plain.source.link.frames), ("back", plain.target.link.frames)):
         for frame in frames[:-1]:
@@ -186,24 +186,43 @@ async def test_a_restore_is_cancelled_at_every_await(tmp_path_factory: pytest.Te
     assert seen == {True, False}
 
 
-async def test_a_frame_that_waits_for_its_turn_is_not_begun_when_all_is_called_off(
+async def test_a_frame_that_waits_for_its_pace_is_not_begun_when_all_is_called_off(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(outbound_module, "GRACE", 10)
+    monkeypatch.setattr(outbound_module, "GRACE", 1000)
     async with world() as made:
-        due = anyio.Event()
+        settings = replace(QUICK, bandwidth=Bandwidth())
 
-        async def wait(self: Pace, size: int) -> None:
-            if size > TINY.memory_region:
-                made.source.trace.scope.cancel()
-                await anyio.wait_all_tasks_blocked()
-                due.set()
+        async def slow_down() -> None:
+            settings.bandwidth.limit = 1
 
-        monkeypatch.setattr(Pace, "wait", wait)
-        await made.migrate()
-        assert due.is_set()
+        async def leave() -> None:
+            await anyio.wait_all_tasks_blocked()
+            await made.source.trace.cancel()
+
+        made.source.trace.plan["before send CAPTURE"] = slow_down
+        await made.migrate(settings=settings, meanwhile=leave)
         assert outcome(made) == "the source runs"
+        assert isinstance(made.target.result, PeerAborted)
         assert [frame.name for frame in made.source.link.frames] == ["HELLO", "ROUND", "CAPTURE", "ABORT"]
+
+
+async def test_a_frame_that_is_under_way_at_its_pace_ends_at_once_when_all_is_called_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(outbound_module, "GRACE", 1000)
+    async with world() as made:
+        settings = replace(QUICK, bandwidth=Bandwidth(100_000))
+
+        async def leave() -> None:
+            settings.bandwidth.limit = 1
+            await made.source.trace.cancel()
+
+        made.source.trace.plan["after a piece"] = leave
+        await made.migrate(settings=settings)
+        assert outcome(made) == "the source runs"
+        assert isinstance(made.target.result, PeerAborted)
+        assert [frame.name for frame in made.source.link.frames] == ["HELLO", "ROUND", "CAPTURE", "MEMORY", "ABORT"]
 
 
 # ---- the devices

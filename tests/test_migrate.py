@@ -23,6 +23,7 @@ from vfiostream.errors import (
 )
 from vfiostream.guest import Guest
 from vfiostream.migrate import receive, send
+from vfiostream.pipeline.bandwidth import Bandwidth
 from vfiostream.pipeline.progress import Progress, Summary
 from vfiostream.pipeline.settings import Settings
 from vfiostream.pipeline.source import Policy
@@ -267,7 +268,7 @@ async def test_it_gives_up_with_the_source_running() -> None:
 async def test_it_gives_up_in_the_middle_of_a_round_that_takes_too_long() -> None:
     async with machines() as (source, target):
         error, _ = await refuse(
-            source, target, policy=Precopy(max_time=0.05), ours=Settings(max_bandwidth=1, chunk=64 * 1024)
+            source, target, policy=Precopy(max_time=0.05), ours=Settings(bandwidth=Bandwidth(1), chunk=64 * 1024)
         )
         assert isinstance(error, NotConverged)
 

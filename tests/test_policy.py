@@ -115,7 +115,8 @@ def test_initial_bytes_are_across_before_the_source_stops() -> None:
 
 
 def test_rounds_without_content_keep_the_speed_that_was_seen() -> None:
-    idle = report(content=0)._replace(rest=50 * MIB, speed=100.0 * MIB)
+    idle = report(content=0)._replace(rest=50 * MIB, speed=10.0 * MIB, switchover_speed=100.0 * MIB)
+    assert idle.throughput == 10 * MIB
     assert idle.expected_downtime == pytest.approx(0.5)
     assert Precopy(downtime_limit=0.4).judge(idle) is Verdict.CONTINUE
 
@@ -130,3 +131,51 @@ def test_a_round_of_a_few_bytes_does_not_make_a_link_slow() -> None:
     assert small.expected_downtime < 0.001
     assert Precopy().judge(small) is Verdict.SWITCHOVER
     assert Precopy().judge(small._replace(rest=10 * MIB)) is Verdict.CONTINUE
+
+
+# ---- limits of the bandwidth
+
+LIMITED = report(ended=20.0)._replace(transferred=50 * MIB, held=9.0, total=100 * MIB)
+"""100 MiB of content as 50 MiB in 10 s, of which a limit of 5 MiB/s held it back for 9."""
+
+
+def test_what_a_limit_holds_back_is_what_is_known_of_the_link() -> None:
+    assert LIMITED.throughput == 10 * MIB
+    assert LIMITED.switchover_throughput == 10 * MIB
+
+
+@pytest.mark.parametrize(
+    ("switchover", "expected"),
+    [
+        (25, 50),  # as much as was said, in content
+        (500, 100),  # what other things took in this round, they take whatever the link has
+        (1, 2),  # a switchover may be slower than precopy, too
+    ],
+)
+def test_what_is_there_for_the_switchover_is_what_is_said(switchover: int, expected: int) -> None:
+    told = LIMITED._replace(switchover=switchover * MIB)
+    assert told.throughput == 10 * MIB
+    assert told.switchover_throughput == expected * MIB
+    assert told.expected_downtime == pytest.approx(told.pending / (expected * MIB))
+
+
+def test_a_link_that_is_slower_than_the_limits_is_not_made_faster_by_what_is_said() -> None:
+    assert report()._replace(transferred=100 * MIB, switchover=1000 * MIB).switchover_throughput == 100 * MIB
+
+
+def test_a_short_round_that_was_held_back_tells_how_fast_the_limit_is() -> None:
+    # 1 KiB in 1.01 s, of which 1 s is the limit's.
+    small = report(content=1024, ended=11.01)._replace(transferred=1100, held=1.0, rest=1024, told_content=1024)
+    assert small.expected_downtime == pytest.approx(1.0, rel=0.01)
+    assert small._replace(switchover=1024.0).expected_downtime == pytest.approx(1.0, rel=0.01)
+    assert small._replace(switchover=100.0 * MIB).expected_downtime < 0.001
+
+
+@given(st.integers(0, 1 << 50), st.integers(0, 1 << 50), st.floats(0, 1e6), st.floats(0, 1e6), st.floats(1, 1e18))
+def test_with_limits_an_estimate_is_a_number_too(
+    content: int, transferred: int, took: float, held: float, switchover: float
+) -> None:
+    seen = RoundReport(3, content, 1 << 50, 1.0, 1.0 + took, 0.5, rest=5)._replace(
+        transferred=transferred, held=min(held, took), switchover=switchover
+    )
+    assert seen.expected_downtime >= 0

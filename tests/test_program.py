@@ -161,7 +161,7 @@ async def test_what_a_program_gave_before_it_failed_is_no_whole_stream(
         async with await listener.accept() as reader:
             assert await receive_exactly(reader, 10) == b"some bytes"
             for _ in range(2):
-                with pytest.raises(kind, match="ended with exit status 5; see what it says"):
+                with pytest.raises(kind, match="ended with exit status 5; see what it says|the connection is lost"):
                     await reader.receive([memoryview(bytearray(1))])
 
 
@@ -179,7 +179,7 @@ async def test_nothing_of_it_is_left(options: Options, tmp_path: Path, monkeypat
     monkeypatch.setattr(program, "GRACE", 0.0)
     inner = script(tmp_path, f"{PID}; exec sleep 1000")
     await anyio.lowlevel.checkpoint()
-    before = set(os.listdir("/proc/self/fd"))
+    before = len(os.listdir("/proc/self/fd"))
     async with time_limit(), listen(f"exec:{PID}; {inner} | cat", options) as listener:
         reader = await listener.accept()
         shell, started = await pid_from(reader), await pid_from(reader)
@@ -190,7 +190,7 @@ async def test_nothing_of_it_is_left(options: Options, tmp_path: Path, monkeypat
             await reader.aclose()
     assert not alive(shell)
     assert not is_child(shell)
-    assert set(os.listdir("/proc/self/fd")) <= before
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 async def test_a_program_that_does_not_listen_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:

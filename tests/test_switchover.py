@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +17,9 @@ from tests.interference import (
     HASTY,
     QUICK,
     TINY,
+    Frame,
     Interference,
+    Link,
     Rounds,
     World,
     assert_guest_follows,
@@ -46,9 +48,10 @@ from vfiostream.errors import (
     StreamError,
     TransportError,
 )
-from vfiostream.pipeline import frames, outbound
+from vfiostream.pipeline.bandwidth import Bandwidth
 from vfiostream.pipeline.progress import Summary
 from vfiostream.policy import RoundReport, Verdict
+from vfiostream.transports.contract import Transport
 from vfiostream.uapi.four_region import State
 from vfiostream.vendor.settings import Fault, Operation
 
@@ -61,8 +64,7 @@ Kind = Callable[[str | int], Interference]
 @pytest.fixture(autouse=True)
 def no_long_goodbyes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last words of an end that gave up may take as long as they need, to somebody who does not listen too."""
-    for module in (frames, outbound):
-        monkeypatch.setattr(module, "LINGER", 0.5)
+    monkeypatch.setattr(Transport, "linger", 0.5)
 
 
 class Row(NamedTuple):
@@ -245,6 +247,39 @@ async def test_row_06_the_commit_is_swallowed_and_so_is_every_answer() -> None:
         await made.migrate(out=swallowed_from("COMMIT"), back=swallowed_from("ABORT"), settings=HASTY)
         check(6, made)
         assert "did not commit within 0.3 s" in str(made.target.error)
+
+
+async def test_row_07_a_loss_found_while_the_answer_is_awaited_is_not_the_commits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A link of several parts may find out when it receives that something else could not be sent."""
+
+    async def found_late(link: Link, frame: Frame) -> None:
+        await link.deliver(frame.data)
+        if frame.name == "COMMIT":
+
+            async def receive(into: Sequence[memoryview], least: int = 1) -> int:
+                raise link.lost(0)
+
+            monkeypatch.setattr(link, "receive", receive)
+
+    async with world() as made:
+        await made.migrate(out=found_late)
+        check(7, made)
+        assert isinstance(made.source.result, OutcomeUnknown)
+
+
+async def test_row_29_the_reason_is_read_though_the_link_was_lost_while_greeting() -> None:
+    """The target refuses and closes while the source still sends."""
+
+    async def too_late(link: Link, frame: Frame) -> None:
+        await link.deliver(frame.data)
+        if frame.name == "HELLO":
+            raise link.lost(0)
+
+    async with world(target_like=replace(TINY, memory=0)) as made:
+        await made.migrate(out=too_late)
+        check(29, made)
 
 
 async def test_row_06_the_link_does_not_take_the_commit() -> None:
@@ -592,7 +627,7 @@ async def test_row_21_what_the_source_s_own_driver_takes_does_not_count() -> Non
 
 async def test_row_21_a_slow_link_is_not_one_that_hangs() -> None:
     async with world() as made:
-        slow = replace(HASTY, max_bandwidth=2 * 64 * 1024 / HASTY.patience)
+        slow = replace(HASTY, bandwidth=Bandwidth(switchover=2 * 64 * 1024 / HASTY.patience))
 
         class DirtyAtTheEnd:
             """As good as everything is sent twice, the second time with the source stopped."""

@@ -12,6 +12,7 @@ from vfiostream.devices.contract import DescribedDevice, Device
 from vfiostream.errors import VfiostreamError
 from vfiostream.guest import Guest, GuestRange
 from vfiostream.migrate import receive, send
+from vfiostream.pipeline.bandwidth import Bandwidth
 from vfiostream.pipeline.progress import Progress, Summary
 from vfiostream.pipeline.settings import Settings
 from vfiostream.policy import Precopy
@@ -20,6 +21,7 @@ from vfiostream.transports.contract import Listener, Transport
 from vfiostream.version import __version__
 
 __all__ = [
+    "Bandwidth",
     "DescribedDevice",
     "Device",
     "Guest",

@@ -12,7 +12,8 @@ VfiostreamError
 ├── Incompatible                this device can't move, or can't go there; nothing moved
 ├── BadDescription              a file that should describe a device does not
 ├── TransportError              opening, reading or writing a link or a file failed
-│   └── ConnectionLost          the other end is gone
+│   ├── ConnectionLost          the other end is gone
+│   └── PeerRefused             one end did not believe the other; nothing moved
 ├── ProtocolError
 │   ├── LocalProtocolError      we called our own protocol out of order (a defect here)
 │   └── StreamError             what came in is not a valid stream; carries the record's name
@@ -93,6 +94,10 @@ class TransportError(VfiostreamError):
 
 class ConnectionLost(TransportError):
     """The other end is gone, or the link to it."""
+
+
+class PeerRefused(TransportError):
+    """One end did not believe the other, or does not speak its language; nothing moved. Trying again does not help."""
 
 
 class ProtocolError(VfiostreamError):

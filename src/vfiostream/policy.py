@@ -47,6 +47,16 @@ class RoundReport(NamedTuple):
     """Bytes that they would give beyond those if they were stopped now."""
     speed: float = 0.0
     """Throughput of the last round before this one that had content; 0 where there was none."""
+    switchover_speed: float = 0.0
+    """Its :attr:`switchover_throughput`."""
+    transferred: int = 0
+    """Bytes that went over the link in this round."""
+    held: float = 0.0
+    """Seconds of this round in which nothing but a limit of the bandwidth held the source back."""
+    switchover: float | None = None
+    """Bytes a second that may go over the link while the source is stopped, and that are there according to who said
+    so; None where nobody did.
+    """
 
     @property
     def throughput(self) -> float:
@@ -54,6 +64,16 @@ class RoundReport(NamedTuple):
         where nothing was.
         """
         return self.content / max(self.ended - self.collected, 1e-6) if self.content else self.speed
+
+    @property
+    def switchover_throughput(self) -> float:
+        """Bytes of content a second that can be expected while the source is stopped. Where nobody said what is there
+        then, what was seen in this round: a limit held it back, and whether the link has more is not known. Else the
+        round again, without being held back, and at that rate: what other things took, it takes all the same.
+        """
+        if self.switchover is None or not self.content:
+            return self.throughput if self.content else self.switchover_speed
+        return self.content / max(self.ended - self.collected - self.held, self.transferred / self.switchover, 1e-6)
 
     @property
     def dirty_rate(self) -> float | None:
@@ -71,14 +91,20 @@ class RoundReport(NamedTuple):
 
     @property
     def expected_downtime(self) -> float:
-        """Seconds that sending what is pending takes, if the link stays as it was in this round. The devices' own times
-        for stopping and starting come on top. Infinite where nothing was sent yet, so that nothing is known.
+        """Seconds that sending what is pending takes with the source stopped, if all but the limit of the bandwidth
+        stays as it was in this round. The devices' own times for stopping and starting come on top. Infinite where
+        nothing was sent yet, so that nothing is known.
         """
         if self.pending == 0:
             return 0.0
         if 0 < self.content < TELLING:
-            return self.pending * max(self.ended - self.collected, 1e-6) / TELLING
-        return self.pending / self.throughput if self.throughput else float("inf")
+            # What a limit holds back takes longer the more it is.
+            free = max(self.ended - self.collected - self.held, 1e-6) / TELLING
+            if self.switchover is None:
+                return self.pending * (free + self.held / self.content)
+            return self.pending * max(free, 1 / self.switchover)
+        speed = self.switchover_throughput
+        return self.pending / speed if speed else float("inf")
 
 
 @dataclass(frozen=True, slots=True)

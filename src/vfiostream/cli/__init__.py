@@ -5,6 +5,7 @@ The module of a command is imported when that command is run, so that ``--help``
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 import traceback
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 import click
 
 from vfiostream.cli.exits import Cancelled, Exit, failure_of
+from vfiostream.cli.values import takes_output
 from vfiostream.errors import UsageError
 
 COMMANDS = {
@@ -24,9 +26,11 @@ COMMANDS = {
     "restore": ("vfiostream.cli.checkpoint", "Load a checkpoint into DEVICE, and let it run."),
     "inspect": ("vfiostream.cli.checkpoint", "Say what is in a checkpoint, without checking all of it."),
     "verify": ("vfiostream.cli.checkpoint", "Check every byte of a checkpoint."),
+    "control": ("vfiostream.cli.control", "Ask or change a send, receive, save or restore while it runs."),
     "check": ("vfiostream.cli.check", "Say whether SOURCE can move, and whether it can go into TARGET; moves nothing."),
     "describe": ("vfiostream.cli.check", "Print what another host has to know of DEVICE to check it; for a file."),
     "record": ("vfiostream.cli.record", "Look at what --record wrote."),
+    "cert": ("vfiostream.cli.cert", "Make certificates for both ends of a tls: link."),
     "devices": ("vfiostream.cli.devices", "List the devices of this host that could move, and what is in the way."),
     "conformance": (
         "vfiostream.cli.conformance",
@@ -79,8 +83,8 @@ def vfiostream() -> None:
     """Move the state of a VFIO device between hosts while it runs, or into a file and back.
 
     DEVICE is vfio-user:SOCKET, vfio: and a device of the kernel's, which `devices` lists, or replay:FILE. DESTINATION
-    and SOURCE are tcp:HOST:PORT or unix:PATH; a checkpoint is file:PATH. Sizes and rates take KiB, MiB and GiB, times
-    ms and s.
+    and SOURCE are tls:HOST:PORT, tcp:HOST:PORT or unix:PATH; a checkpoint is file:PATH. Sizes and rates take KiB, MiB
+    and GiB, times ms and s.
 
     Exit codes: 0 done; 1 failed, the source runs; 2 usage; 4 verification failed; 5 not compatible; 6 did not
     converge or was cancelled, the source runs; 7 outcome unknown after the switchover; 8 a driver breaks a rule.
@@ -90,9 +94,16 @@ def vfiostream() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command of ``arguments`` (default: those of this process) and return its exit code."""
     given = sys.argv[1:] if arguments is None else list(arguments)
+    if any(map(takes_output, given)):
+        with contextlib.redirect_stdout(sys.stderr):
+            return _main(given)
+    return _main(given)
+
+
+def _main(given: Sequence[str]) -> int:
     failed: Exception
     try:
-        code = vfiostream.main(given, prog_name="vfiostream", standalone_mode=False)
+        code = vfiostream.main(list(given), prog_name="vfiostream", standalone_mode=False)
     except click.ClickException as error:
         failed = UsageError(_sentence(error))
     except click.Abort:

@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import anyio
@@ -37,6 +38,7 @@ from vfiostream.errors import TransportError, VfiostreamError
 from vfiostream.pipeline.progress import Progress, Summary
 from vfiostream.pipeline.settings import Settings
 from vfiostream.policy import Precopy
+from vfiostream.transports.options import Options
 from vfiostream.version import SOFTWARE
 
 GIB = 1 << 30
@@ -87,6 +89,7 @@ def parse_compression(text: str) -> tuple[str, Settings]:
     metavar="LEVEL",
     help="Measure this too, besides no compression: adaptive, or a zstd level, 1 to 19. May be repeated.",
 )
+@options.link(listens=True)
 @options.progress
 def bench(
     address: str | None,
@@ -96,33 +99,41 @@ def bench(
     size: int | None,
     data: Data | None,
     compressions: tuple[tuple[str, Settings], ...],
+    link: Options,
     output: Output,
 ) -> Exit:
     """Measure what this machine and a link do to a migration, without a device.
 
     Without ADDRESS, to another process on this machine, over TCP. For a link between two hosts, start `vfiostream
-    bench --listen ADDRESS` on one and `vfiostream bench ADDRESS` on the other, with the tcp:HOST:PORT or unix:PATH
-    to listen at. Moves guest memory, and a reference device, which is a simulation inside each process. Whoever can
-    connect to a listener can have it use up to --max-size of memory: there is no authentication.
+    bench --listen ADDRESS` on one and `vfiostream bench ADDRESS` on the other, with the tls:HOST:PORT, tcp:HOST:PORT
+    or unix:PATH to listen at. Moves guest memory, and a reference device, which is a simulation inside each process.
+    Whoever can connect to a listener, and is believed where it is tls:, can have it use up to --max-size of memory.
     """
     asks = {"ADDRESS": address, "--size": size, "--data": data, "--compress": compressions}
-    takes = {"--once": once, "--max-size": max_size}
+    takes = {"--once": once, "--max-size": max_size, "--plain": link.plain}
     given = [name for name, value in (takes if listen is None else asks).items() if value]
     if given:
         given_where, chooser = ("without", "listens") if listen is None else ("with", "connects")
         raise click.UsageError(f"{given_where} --listen, {given[0]} has no meaning: who {chooser} chooses it")
     if listen is not None:
         limit = MAX_SIZE if max_size is None else max_size
-        return _serve(listen, limit, once, output)
+        return _serve(listen, link, limit, once, output)
     chosen = dict([parse_compression("off"), *compressions])
-    return _measure(address, SIZE if size is None else size, data or "library", list(chosen.items()), output)
+    if address is None and link.credentials is not None:
+        raise click.UsageError("without ADDRESS the bench stays on this machine, where certificates have no meaning")
+    return _measure(address, link, SIZE if size is None else size, data or "library", list(chosen.items()), output)
 
 
 # ---- one end: who connects
 
 
 def _measure(
-    address: str | None, size: int, data: Data, settings: Sequence[tuple[str, Settings]], output: Output
+    address: str | None,
+    link: Options,
+    size: int,
+    data: Data,
+    settings: Sequence[tuple[str, Settings]],
+    output: Output,
 ) -> Exit:
     check_size(size)
 
@@ -135,7 +146,7 @@ def _measure(
         async with _other_end(address, size) as there:
             for what in WHATS:
                 part = Part(what, size, len(settings), last=what == WHATS[-1])
-                measured, other = await measure(there, part, content, settings, _followed(run.report))
+                measured, other = await measure(there, link, part, content, settings, _followed(run.report))
                 runs += measured
         run.result = _result(there, address is None, data, size, speeds, runs, other)
 
@@ -270,9 +281,9 @@ def _lines(
 # ---- the other end: who listens
 
 
-def _serve(address: str, max_size: int, once: bool, output: Output) -> Exit:
+def _serve(address: str, link: Options, max_size: int, once: bool, output: Output) -> Exit:
     async def work(run: Run) -> None:
-        async with transports.listen(address) as listener:
+        async with transports.listen(address, replace(link, refused=run.report.refused)) as listener:
             run.report.listening(listener.address)
             if once:
                 run.result = _served(1, await serve(listener, max_size))

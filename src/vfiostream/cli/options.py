@@ -21,9 +21,12 @@ from vfiostream.cli.values import (
     parse_size,
     parse_time,
 )
+from vfiostream.pipeline.bandwidth import Bandwidth
 from vfiostream.pipeline.budget import Budget
 from vfiostream.pipeline.settings import Settings
 from vfiostream.policy import Precopy
+from vfiostream.transports.credentials import Credentials
+from vfiostream.transports.options import Options
 
 Command = Callable[..., Any]
 Decorator = Callable[[Command], Command]
@@ -101,6 +104,14 @@ def progress(command: Command) -> Command:
     return wrapped
 
 
+def control(command: Command) -> Command:
+    """``--control``, as ``control``: the path of a socket, or None."""
+    option = click.option(
+        "--control", metavar="PATH", help="Answer `vfiostream control PATH` at this UNIX socket while it runs."
+    )
+    return option(command)
+
+
 def guest_memory(command: Command) -> Command:
     """``--guest-memory``, as ``memory`` (:data:`GuestFiles`)."""
     option = click.option(
@@ -143,17 +154,32 @@ def policy(command: Command) -> Command:
     return wrapped
 
 
+def _bandwidth(command: Command) -> Command:
+    """``--max-bandwidth`` and ``--switchover-bandwidth``, as ``bandwidth``."""
+
+    @click.option(
+        "--max-bandwidth", type=option_type(parse_rate), metavar="RATE",
+        help="Most bytes a second on the link or into the file, while the source runs.  [default: no limit]",
+    )  # fmt: skip
+    @click.option(
+        "--switchover-bandwidth", type=option_type(parse_rate), metavar="RATE",
+        help="The same while it is stopped; also what may be counted on then.  [default: no limit]",
+    )  # fmt: skip
+    @functools.wraps(command)
+    def wrapped(*, max_bandwidth: int | None, switchover_bandwidth: int | None, **rest: Any) -> Any:
+        return command(bandwidth=Bandwidth(max_bandwidth, switchover_bandwidth), **rest)
+
+    return wrapped
+
+
 _SETTINGS: dict[str, Decorator] = {
     "chunk": _size("--chunk", "chunk", _DEFAULTS.chunk, "Most content of one frame; the smaller of both ends holds."),
     "budget": _size("--budget", "budget", _DEFAULTS.budget, "Most memory for buffers at this end."),
-    "max_bandwidth": click.option(
-        "--max-bandwidth", type=option_type(parse_rate), metavar="RATE",
-        help="Most bytes a second on the link or into the file.  [default: no limit]",
-    ),
     "patience": _time(
         "--switchover-timeout", "patience", _DEFAULTS.patience,
         "How long the other end may show no progress at the start, and while the source is stopped.",
     ),
+    "bandwidth": _bandwidth,
 }  # fmt: skip
 
 
@@ -211,6 +237,62 @@ def recordings(command: Command) -> Command:
         return command(recordings=Recordings(files, payloads), **rest)
 
     return wrapped
+
+
+def link(*, listens: bool) -> Decorator:
+    """How to open a link, as ``link`` (:class:`~vfiostream.transports.options.Options`): who we are and whom we
+    believe, and, where the command ``listens``, ``--plain``.
+    """
+
+    def file(name: str, parameter: str, text: str) -> Decorator:
+        return click.option(name, parameter, type=click.Path(path_type=Path), metavar="FILE", help=text)
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def made_of(
+            *,
+            cert: Path | None,
+            key: Path | None,
+            ca: Path | None,
+            fingerprints: tuple[str, ...],
+            peer_name: str | None,
+            plain: bool = False,
+            **rest: Any,
+        ) -> Any:
+            credentials = None
+            if any((cert, key, ca, fingerprints, peer_name)):
+                if cert is None or key is None:
+                    raise click.UsageError("both ends of an encrypted link show a certificate: add --cert and --key")
+                credentials = Credentials(cert, key, ca, fingerprints, peer_name)
+            return command(link=Options(credentials=credentials, plain=plain), **rest)
+
+        add = [
+            file("--cert", "cert", "Our certificate (PEM), for tls:. `vfiostream cert` makes what both ends need."),
+            file("--key", "key", "The private key of our certificate (PEM)."),
+            file("--ca", "ca", "Believe certificates of this CA (PEM) with the name of the other end in them."),
+            click.option(
+                "--peer-fingerprint", "fingerprints", metavar="HEX", multiple=True,
+                help="Believe the certificate with this SHA-256 fingerprint, whatever its name. May be repeated.",
+            ),
+            click.option(
+                "--peer-name", metavar="NAME",
+                help="The name a certificate of the CA must have.  [default: the host connected to; of a sender, any]",
+            ),
+        ]  # fmt: skip
+        if listens:
+            add.append(
+                click.option(
+                    "--plain",
+                    is_flag=True,
+                    help="Let other hosts connect to tcp:, which knows no one: the network is trusted.",
+                )
+            )
+        wrapped: Command = made_of
+        for option in reversed(add):
+            wrapped = option(wrapped)
+        return wrapped
+
+    return decorate
 
 
 def order(command: Command) -> Command:

@@ -26,6 +26,7 @@ from rich.text import Text
 
 from vfiostream.cli.exits import Exit, Failure
 from vfiostream.cli.values import printable, show_rate, show_size, show_time
+from vfiostream.errors import TransportError
 from vfiostream.pipeline.progress import Progress
 
 _WIDTH = 1000
@@ -136,6 +137,10 @@ class Report(ABC):
     def listening(self, address: str) -> None:
         """A sender can connect to ``address`` now."""
 
+    @abstractmethod
+    def refused(self, error: TransportError) -> None:
+        """Somebody connected and was not believed; the command goes on waiting."""
+
     def event(self, document: Mapping[str, Any], line: str) -> None:  # noqa: B027 - as below
         """One of the many lines that a command prints which shows something."""
 
@@ -162,6 +167,9 @@ class Plain(Report):
 
     def listening(self, address: str) -> None:
         _write(f"listening on {printable(address)}")
+
+    def refused(self, error: TransportError) -> None:
+        print(f"vfiostream: refused {printable(str(error))}", file=sys.stderr, flush=True)
 
     def event(self, document: Mapping[str, Any], line: str) -> None:
         _write(printable(line))
@@ -213,6 +221,9 @@ class Json(Report):
 
     def listening(self, address: str) -> None:
         self._put("status", phase="listening", address=address)
+
+    def refused(self, error: TransportError) -> None:
+        self._put("refused", error=type(error).__name__, message=str(error))
 
     def event(self, document: Mapping[str, Any], line: str) -> None:
         self._put("event", **document)

@@ -10,8 +10,9 @@ import logging
 import signal
 import sys
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 import anyio
 from anyio.abc import Process, TaskGroup
@@ -49,6 +50,10 @@ class Run:
     def follow(self) -> None:
         """From now on, report :attr:`progress`."""
         self._tasks.start_soon(self.progress.follow, self.report)
+
+    async def beside(self, task: Callable[..., Coroutine[Any, Any, None]], *arguments: object) -> None:
+        """Start ``task`` (as a task group's ``start`` does), which goes on until the command ends."""
+        await self._tasks.start(task, *arguments)
 
 
 Work = Callable[[Run], Awaitable[None]]

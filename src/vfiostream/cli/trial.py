@@ -20,7 +20,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeVar
 
 import anyio
@@ -143,7 +143,12 @@ Follow = Callable[[Callable[[Progress], Awaitable[Summary]]], Awaitable[Summary]
 
 
 async def measure(
-    address: str, part: Part, content: bytes, settings: Sequence[tuple[str, Settings]], follow: Follow
+    address: str,
+    options: Options,
+    part: Part,
+    content: bytes,
+    settings: Sequence[tuple[str, Settings]],
+    follow: Follow,
 ) -> tuple[list[Run], Answer]:
     """Carry out ``part`` with whoever serves benches at ``address``: a migration for each of ``settings`` (with its
     name), of memory that holds ``content``.
@@ -151,25 +156,25 @@ async def measure(
     Raises :class:`~vfiostream.errors.Incompatible` where the other end says no, and what a migration raises.
     """
     async with prepared(part.what, part.size, content) as specimen:
-        await _ask(address, part)
-        async with _connected(address) as link:
+        await _ask(address, options, part)
+        async with _connected(address, options) as link:
             answer = _parsed(Answer, await _read_note(link, PATIENCE + part.size / SLOWEST_READY))
         if answer.refused is not None:
             raise Incompatible(f"{address} says no: {answer.refused}")
         done = []
         for name, chosen in settings:
-            async with _connected(address) as link:
+            async with _connected(address, options) as link:
                 done.append((name, *await _send(specimen, link, chosen, follow)))
-        async with _connected(address) as link:
+        async with _connected(address, options) as link:
             told = (await _read_note(link)).get("costs")
     if not isinstance(told, list) or len(told) != len(done):
         raise BadNote(_BAD)
     return [Run(part.what, *run, _parsed(Cost, cost)) for run, cost in zip(done, told, strict=True)], answer
 
 
-async def _ask(address: str, part: Part) -> None:
+async def _ask(address: str, options: Options, part: Part) -> None:
     try:
-        async with _connected(address) as link:
+        async with _connected(address, options) as link:
             await _write_note(link, asdict(part))
     except TransportError as error:
         if isinstance(error.__cause__, ConnectionRefusedError | FileNotFoundError):
@@ -196,8 +201,8 @@ async def _send(specimen: Specimen, link: Transport, settings: Settings, follow:
 
 
 @asynccontextmanager
-async def _connected(address: str) -> AsyncIterator[Transport]:
-    async with transports.connect(address, Options(timeout=PATIENCE)) as link:
+async def _connected(address: str, options: Options) -> AsyncIterator[Transport]:
+    async with transports.connect(address, replace(options, timeout=PATIENCE)) as link:
         yield link
 
 

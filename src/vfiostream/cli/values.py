@@ -50,6 +50,11 @@ def parse_rate(text: str) -> int:
     return parse_size(text.removesuffix("/s"))
 
 
+def parse_limit(text: str) -> int | None:
+    """Bytes a second of ``text``, or None for ``none``; raises ValueError."""
+    return None if text == "none" else parse_rate(text)
+
+
 def parse_time(text: str) -> float:
     """Seconds of ``text``, such as ``300ms`` or ``1.5s``; raises ValueError."""
     match = _AMOUNT.fullmatch(text)
@@ -83,6 +88,20 @@ def parse_file_address(text: str) -> str:
     if not text.startswith("file:") or text == "file:" or "\0" in text:
         raise ValueError(f"{text!r} is not the address of a checkpoint: write file:PATH")
     return text
+
+
+def parse_kept_address(text: str) -> str:
+    """The address a checkpoint goes to or comes from; raises ValueError. The rest shows when the transport is asked."""
+    if ":" not in text or "\0" in text:
+        raise ValueError(f"{text!r} is not the address of a checkpoint: write file:PATH, or exec:COMMAND")
+    return text
+
+
+def takes_output(argument: str) -> bool:
+    """Whether ``argument`` is an address for which standard output is taken, so that nothing else may be printed to it:
+    ``stdio:``, and ``fd:`` with descriptor 1.
+    """
+    return argument == "stdio:" or (argument.startswith("fd:") and "1" in argument[3:].split(","))
 
 
 def parse_link_address(text: str) -> str:

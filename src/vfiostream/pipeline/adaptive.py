@@ -151,7 +151,7 @@ class Choices(ABC):
         """The chunk is on its way, with ``payload_size`` bytes (pages of zeros may have been left out of a raw one).
         The sender had to wait ``starved`` seconds for the worker, and then ``link`` seconds for credit, for its turn
         in a limited bandwidth, and until the transport had taken the frame. Waiting for something to send is neither.
-        In the order of the choices.
+        In the order of the choices, for each stream.
         """
         way = None if choice.packed_size is None else choice.level
         use = self._uses.get(way, Use(0, 0, 0))

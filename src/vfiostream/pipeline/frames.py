@@ -5,7 +5,6 @@ frames.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,8 +22,6 @@ from vfiostream.transports.contract import Transport
 
 log = logging.getLogger("vfiostream.pipeline")
 
-LINGER = 2.0
-"""Seconds that a side which gave up goes on reading, so that its last words are not lost to a reset."""
 LOOKAHEAD = 4096
 """Bytes that may come ahead of the frame that is read: some headers' worth, and little to copy where it is payload."""
 
@@ -201,11 +198,11 @@ async def read_reply(transport: Transport, session: SourceSession) -> Record | N
 
 async def part(transport: Transport, last_words: Sequence[Buffer] = ()) -> None:
     """Say ``last_words`` (a frame) and that nothing more comes, then read and forget what still does: a link that is
-    closed with unread bytes is reset, and the peer then never reads what we said last. Takes :data:`LINGER` seconds at
-    most, and raises nothing: what can't be said is only logged.
+    closed with unread bytes is reset, and the peer then never reads what we said last. Takes ``transport.linger``
+    seconds at most, and raises nothing: what can't be said is only logged.
     """
     scrap = memoryview(bytearray(64 * 1024))
-    with anyio.move_on_after(LINGER):
+    with anyio.move_on_after(transport.linger):
         try:
             await transport.send(last_words)
             await transport.finish()
@@ -213,20 +210,3 @@ async def part(transport: Transport, last_words: Sequence[Buffer] = ()) -> None:
                 pass
         except VfiostreamError as error:
             log.debug("parting from %s: %s", transport.address, error)
-
-
-class Pace:
-    """Spreads bytes over time: at most ``rate`` bytes a second, without saving up for later."""
-
-    def __init__(self, rate: float | None) -> None:
-        self._rate = rate
-        self._free_at = -math.inf
-
-    async def wait(self, size: int) -> None:
-        """Wait until ``size`` more bytes may go."""
-        if self._rate is None:
-            return
-        now = anyio.current_time()
-        if self._free_at > now:
-            await anyio.sleep_until(self._free_at)
-        self._free_at = max(self._free_at, now) + size / self._rate

@@ -1,4 +1,4 @@
-"""What goes out from a source: records in line, compressed, within the credit, paced, whole and in order.
+"""What goes out from a source: records in line, compressed, within the credit, paced, whole, each stream in its turn.
 
 Content goes from where it lies if it can stay there until it is sent; else it is copied into memory of the byte budget,
 which the sender gives back when it is on its way. Where a copy is made:
@@ -13,26 +13,27 @@ The sender and the compressors run in the source's task group.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic, perf_counter
 
 import anyio
+import anyio.lowlevel
 
 from vfiostream import _accel
 from vfiostream.buffers import Buffer
 from vfiostream.errors import ConnectionLost
 from vfiostream.pipeline.adaptive import Adaptive, Choice, Choices, Fixed
+from vfiostream.pipeline.bandwidth import Pace, Pieces
 from vfiostream.pipeline.budget import Budget, Lease
-from vfiostream.pipeline.frames import LINGER, Pace
 from vfiostream.pipeline.progress import Progress
 from vfiostream.pipeline.settings import Settings
+from vfiostream.pipeline.turns import Turns
 from vfiostream.pipeline.workers import Workers
 from vfiostream.protocol import framing
 from vfiostream.protocol.payload import Compressor, bound, shrunk
-from vfiostream.protocol.records import Bitmap, Config, Memory, Pages, Pci, Record
+from vfiostream.protocol.records import Bitmap, Capture, Config, Memory, Pages, Pci, Record
 from vfiostream.protocol.sessions import SourceSession
 from vfiostream.transports.contract import Transport
 
@@ -45,6 +46,8 @@ WORTH_A_COPY = 0.15e-9
 """Seconds a byte: about twice what copying takes (``docs/performance.md``)."""
 CAUGHT_UP = 2
 """Records in line."""
+_GUEST = 0
+"""Where turns are taken: guest memory, which no device has as its stream."""
 _HEADER_ROOM = 256
 """More than the header of any record that costs credit takes."""
 
@@ -64,6 +67,8 @@ class Outgoing:
     """Where its content lies; given back when it is sent."""
     choice: Choice | None = None
     """What was to be done with its content; None for what is not asked about."""
+    in_place: bool = False
+    """Whether who put it in line waits until it is sent."""
     packing: bool = False
     """Whether a compressor still has it."""
     awaited: float = 0.0
@@ -92,13 +97,23 @@ class Cost:
 class Outbound:
     """The line of one source."""
 
-    def __init__(self, transport: Transport, session: SourceSession, settings: Settings, progress: Progress) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        session: SourceSession,
+        settings: Settings,
+        progress: Progress,
+        *,
+        several: bool = False,
+    ) -> None:
+        """``several`` says that more than one device puts in line what it has."""
         self._transport = transport
         self._session = session
         self._settings = settings
         self._progress = progress
-        self._pace = Pace(settings.max_bandwidth)
-        self.budget = Budget(settings.budget, settings.chunk)
+        self._several = several
+        self.pace = Pace(settings.bandwidth)
+        self.budget = Budget(settings.budget - transport.keeps, settings.chunk)
         self.compressors = Workers(Compressor, COMPRESSORS)
         self._choices: Choices | None = None
         self.content = 0
@@ -114,10 +129,12 @@ class Outbound:
         self.driver = Cost()
         """What collecting device memory takes the driver."""
         self._link = Cost()
+        """What sending takes, in a limited bandwidth too."""
         self._packing = 0
         """Records in line that compressors still have."""
-        self._line: deque[Outgoing] = deque()
-        """The first is the one that is being sent."""
+        self._turns: Turns[Outgoing] = Turns()
+        self._current: Outgoing | None = None
+        """The one that is being sent; it is in line still."""
         self._news = anyio.Event()
         """Set when the sender may have something to do."""
         self._shorter = anyio.Event()
@@ -142,7 +159,7 @@ class Outbound:
     # ---- in line
 
     def put(self, record: Record) -> None:
-        """Put a record without content in line."""
+        """Put a record without content in line. But for a CAPTURE, it stays between what comes before and after it."""
         self._append(Outgoing(record))
 
     async def take(self, size: int, *, gives_way: bool = True) -> Lease:
@@ -175,6 +192,9 @@ class Outbound:
 
     def put_read(self, record: Memory | Config, lease: Lease) -> None:
         """Put content in line that a driver wrote to ``lease``, which is the line's from here on."""
+        if _accel.is_zero(lease.view):
+            self.put_copied(record, lease, None)
+            return
         size = len(lease.view)
         self._count(size)
         self._put_leased(Outgoing(record, (lease.view,), size, 0, None, lease, self.choices.choose(size)))
@@ -195,7 +215,8 @@ class Outbound:
         choice = self.choices.choose(len(content))
         if choice.level is not None or min(self.driver.per_byte, self._link.per_byte) > WORTH_A_COPY:
             # The region is emptied in one go: then the driver collects what is next while this is sent.
-            lease = await self.take(len(content), gives_way=False)
+            # Not where others would then get no turn to put anything in line.
+            lease = await self.take(len(content), gives_way=self._several)
             self.put_copied(record, lease, _accel.copy_check(lease.view, content, *self._session.head(record)), choice)
             return
         self._count(len(content))
@@ -205,6 +226,7 @@ class Outbound:
             item.choice = None
             self.choices.unused(choice)
         self._append(item)
+        item.in_place = True
         while not item.sent:
             await self._change()
 
@@ -220,7 +242,7 @@ class Outbound:
             await self._shorter_than(CAUGHT_UP)
 
     async def _shorter_than(self, length: int) -> None:
-        while len(self._line) >= length:
+        while len(self._turns) + (self._current is not None) >= length:
             await self._change()
 
     async def _change(self) -> None:
@@ -238,8 +260,8 @@ class Outbound:
             item.flags, item.payload, item.check = flags, payload, None
 
     def _append(self, item: Outgoing) -> None:
-        self._line.append(item)
-        if len(self._line) == 1:
+        self._turns.put(item, _stream(item.record), item.content_size)
+        if self._current is None:
             self._news.set()
 
     def _count(self, size: int) -> None:
@@ -262,24 +284,26 @@ class Outbound:
 
     async def send_all(self) -> None:
         """A task: send what is in line, as far as credit and bandwidth go, until it is called off."""
-        with self._sending:
+        starved = 0.0
+        with self._sending, self.pace:
             while not self._off:
-                if not self._line:
-                    await self._wait()
-                elif self._line[0].packing:
+                self._current = self._turns.take(_is_packed)
+                if self._current is not None:
+                    self._current.awaited, starved = starved, 0.0
+                    await self._send(self._current)
+                elif self._turns:
                     began = monotonic()
                     await self._wait()
-                    self._line[0].awaited += monotonic() - began
+                    starved += monotonic() - began
                 else:
-                    await self._send_first()
+                    await self._wait()
 
-    async def _send_first(self) -> None:
-        item = self._line[0]
+    async def _send(self, item: Outgoing) -> None:
         size = framing.PREFIX_SIZE + _HEADER_ROOM + sum(map(len, item.payload))
         due = monotonic()
-        await self._pace.wait(size)
-        self.moved_at = monotonic()
-        self.waiting = True
+        most = await self.pace.turn()
+        paced = monotonic()
+        self._other_end_is_to_move()
         while not self._off and not self._session.affords(size):
             await self._wait()
         if self._off:
@@ -295,24 +319,27 @@ class Outbound:
         )
         began = monotonic()
         try:
-            await self.hand_over(frame)
+            await (self.hand_over(frame) if size <= most else self._hand_over_in_pieces(frame, most))
         except ConnectionLost:
             # The target may have said why before it closed: the listener finds that, and all is called off.
-            with anyio.move_on_after(LINGER if self._transport.answers else 0):
+            with anyio.move_on_after(self._transport.linger if self._transport.answers else 0):
                 await anyio.sleep_forever()
             raise
         self.moved_at = monotonic()
-        self._link.add(size, self.moved_at - began)
+        self._link.add(size, self.moved_at - began + paced - due)
         if item.choice is not None:
             payload_size = sum(map(len, item.payload))
             self.choices.sent(item.choice, payload_size, self.moved_at - due, item.awaited)
         self.waiting = False
-        self._line.popleft()
+        self._current = None
         item.sent = True
         if item.lease is not None:
             item.payload = ()
             item.lease.release()
         self._shorter.set()
+        if item.in_place and self._turns:
+            # Who waited for it is to put the next one in line before others get his turn.
+            await anyio.lowlevel.checkpoint()
 
     async def _wait(self) -> None:
         """Wait until something may have changed for the sender."""
@@ -320,11 +347,34 @@ class Outbound:
         await self._news.wait()
 
     async def hand_over(self, buffers: Sequence[Buffer]) -> None:
-        """Send a frame that the session has made, past the line."""
+        """Send a frame that the session has made, past the line and at once."""
         self.whole = False
         await self._transport.send(buffers)
         self.whole = True
-        self._progress.transferred += sum(map(len, buffers))
+        self._went(sum(map(len, buffers)))
+
+    async def _hand_over_in_pieces(self, frame: Sequence[Buffer], most: float) -> None:
+        """Send a frame at its pace, ``most`` bytes at once at first. When all is called off the rest goes at once."""
+        self.whole = False
+        with Pieces(frame) as pieces:
+            while True:
+                piece = pieces.take(most)
+                await self._transport.send(piece)
+                self._went(sum(map(len, piece)))
+                if not pieces:
+                    break
+                self.waiting = False
+                most = await self.pace.turn()
+                self._other_end_is_to_move()
+        self.whole = True
+
+    def _went(self, size: int) -> None:
+        self.pace.count(size)
+        self._progress.transferred += size
+
+    def _other_end_is_to_move(self) -> None:
+        self.moved_at = monotonic()
+        self.waiting = True
 
     def credit_came(self) -> None:
         """The target may have given credit."""
@@ -334,12 +384,31 @@ class Outbound:
     def call_off(self) -> None:
         """Nothing more is to be sent but what is under way now, for :data:`GRACE` seconds."""
         self._off = True
+        self.pace.call_off()
         self._sending.deadline = anyio.current_time() + GRACE
         self._news.set()
 
     def close(self) -> None:
         """Let go of what is still in line."""
-        self._line.clear()
+        self._turns.clear()
+        self._current = None
+
+
+def _stream(record: Record) -> int | None:
+    """Whose turn it takes; None for what nothing may overtake. What is announced of guest memory comes before more is
+    announced, of whichever range: that is one stream.
+    """
+    match record:
+        case Memory() | Capture() | Config() | Pci():
+            return record.stream
+        case Pages() | Bitmap():
+            return _GUEST
+        case _:
+            return None
+
+
+def _is_packed(item: Outgoing) -> bool:
+    return not item.packing
 
 
 def _compress(content: Buffer, choice: Choice, compressor: Compressor) -> tuple[bytes | None, float]:

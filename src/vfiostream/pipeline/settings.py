@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from vfiostream.errors import UsageError
+from vfiostream.pipeline.bandwidth import Bandwidth
 from vfiostream.pipeline.budget import DEFAULT_BUDGET
 from vfiostream.protocol import limits
 from vfiostream.protocol.payload import MAX_LEVEL
@@ -23,8 +24,8 @@ class Settings:
     """zstd level, 1 to 19; 0 sends what is there; ``"adaptive"`` finds out by itself what moves most, from chunk to
     chunk (:mod:`vfiostream.pipeline.adaptive`). Zeros cost nothing either way.
     """
-    max_bandwidth: float | None = None
-    """Bytes a second on the link; None for no limit."""
+    bandwidth: Bandwidth = field(default_factory=Bandwidth)
+    """The limits on the link, which may be changed while the migration runs."""
     patience: float = 30.0
     """Seconds that the other end may show no progress while the source waits for it stopped, or at the switchover."""
 
@@ -33,7 +34,5 @@ class Settings:
             raise UsageError(f"a chunk of {self.chunk} bytes can't be: {limits.MIN_CHUNK} to {limits.MAX_CONTENT} can")
         if self.compression != "adaptive" and not 0 <= self.compression <= MAX_LEVEL:
             raise UsageError(f"there is no zstd level {self.compression}: 1 to {MAX_LEVEL}, 0 for none, or adaptive")
-        if self.max_bandwidth is not None and not self.max_bandwidth > 0:
-            raise UsageError(f"a bandwidth of {self.max_bandwidth} bytes a second moves nothing")
         if not self.patience > 0:
             raise UsageError(f"a patience of {self.patience} s is none")

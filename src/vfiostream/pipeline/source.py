@@ -100,7 +100,7 @@ class Source:
         hello = describe.hello(secrets.token_bytes(16), self._devices, self._ranges, settings)
         self._session = SourceSession(hello, answers=transport.answers)
         self._hello = hello
-        self._line = Outbound(transport, self._session, settings, progress)
+        self._line = Outbound(transport, self._session, settings, progress, several=len(self._devices) > 1)
         self._captures = dict.fromkeys((stream for stream, _ in self._devices), 0)
         self._given = dict.fromkeys((stream for stream, _ in self._devices), 0)
         """Bytes of captures and config so far, by stream."""
@@ -168,7 +168,14 @@ class Source:
     async def _greet(self) -> None:
         frame = self._session.send(self._hello)
         with anyio.move_on_after(self._settings.patience) as scope:
-            await self._line.hand_over(frame)
+            try:
+                await self._line.hand_over(frame)
+            except ConnectionLost:
+                # Whoever refuses us says why before it closes: that is read below, if it came.
+                if not self._transport.answers:
+                    raise
+                await self._refused()
+                raise
             if not self._transport.answers:
                 return
             match await read_reply(self._transport, self._session):
@@ -185,6 +192,17 @@ class Source:
             f"{self._transport.address}: nobody answered within {self._settings.patience:g} s; "
             "is `vfiostream receive` running there, and free?"
         )
+
+    async def _refused(self) -> None:
+        """Raise what the target said before the link was lost, if it said anything."""
+        with anyio.move_on_after(self._transport.linger):
+            try:
+                answer = await read_reply(self._transport, self._session)
+            except ConnectionLost as lost:
+                log.debug("%s", lost)
+                return
+            if isinstance(answer, Abort):
+                raise PeerAborted(answer.code, answer.reason)
 
     # ---- during: the task group
 
@@ -227,10 +245,11 @@ class Source:
 
     async def _precopy(self) -> None:
         """Rounds with the devices running, until the policy says stop."""
-        total, previous, speed = None, None, 0.0
+        total, previous, speeds = None, None, (0.0, 0.0)
         while True:
             collected = monotonic() - self._began
             before, given = self._line.content, dict(self._given)
+            transferred, held = self._progress.transferred, self._line.pace.held
             await self._send_round()
             ended = monotonic() - self._began
             told = await self._ask_pending()
@@ -248,9 +267,12 @@ class Source:
                 told_content,
                 sum(pending.initial for pending in told.values()),
                 sum(pending.rest for pending in told.values()),
-                speed,
+                *speeds,
+                self._progress.transferred - transferred,
+                self._line.pace.held - held,
+                self._settings.bandwidth.switchover,
             )
-            previous, speed = collected, report.throughput
+            previous, speeds = collected, (report.throughput, report.switchover_throughput)
             self._progress.pending = report.pending
             self._progress.dirty_rate = report.dirty_rate
             self._progress.throughput = report.throughput
@@ -275,6 +297,7 @@ class Source:
         times = [monotonic()]
         self._progress.phase = "stop-and-copy"
         self._line.moved_at = self._stopped_at = monotonic()
+        self._line.pace.source_stopped = True
         self._paused = True
         await self._ask_guest("pause", self._guest.pause)
         times.append(monotonic())
@@ -292,6 +315,7 @@ class Source:
         times.append(monotonic())
         if not self._transport.answers:
             await self._resume()
+            self._line.pace.source_stopped = False
             times += [times[-1], monotonic()]
             self._progress.phase = "finishing"
         self._line.put(End(self._round, self._line.content))
@@ -481,12 +505,15 @@ class Source:
         try:
             with anyio.fail_after(self._settings.patience):
                 await self._line.hand_over(frame)
-            with anyio.fail_after(2 * self._settings.patience):
-                answer = await read_reply(self._transport, self._session)
         except (TimeoutError, VfiostreamError) as error:
             if isinstance(error, TransportError) and error.taken == 0:
                 self._committed = False
                 raise
+            raise OutcomeUnknown(unknown) from error
+        try:
+            with anyio.fail_after(2 * self._settings.patience):
+                answer = await read_reply(self._transport, self._session)
+        except (TimeoutError, VfiostreamError) as error:
             raise OutcomeUnknown(unknown) from error
         match answer:
             case Abort() if answer.stopped:

@@ -153,8 +153,9 @@ class Target:
         self._settings = settings
         self._progress = progress
         # Over a link the WELCOME settles the chunk; a file brings its own.
-        chunk = settings.chunk if transport.answers else largest_chunk(settings.budget)
-        self._budget = Budget(settings.budget, chunk)
+        limit = settings.budget - transport.keeps
+        chunk = settings.chunk if transport.answers else largest_chunk(limit)
+        self._budget = Budget(limit, chunk)
         self._session = TargetSession(chunk=chunk, answers=transport.answers)
         self._frames = FrameReader(transport, self._session, self._budget)
         self._decompressors = Workers(Decompressor, DECOMPRESSORS)
@@ -227,7 +228,7 @@ class Target:
         if self._transport.answers:
             chunk = min(hello.chunk, self._settings.chunk)
             features = tuple(feature for feature in hello.features if feature in records.FEATURES)
-            self._granted = self._settings.budget
+            self._granted = self._budget.limit
             await self._say(Welcome(hello.session, SOFTWARE, features, chunk, self._granted))
         self._zeros = memoryview(bytes(self._session.chunk))
         self._progress.phase = "precopy"
@@ -448,7 +449,7 @@ class Target:
         """
         frame.release()
         self._spent += frame.prefix.frame_size
-        budget = self._settings.budget
+        budget = self._budget.limit
         if self._transport.answers and self._spent + budget - self._granted >= budget // 4:
             async with self._saying:
                 self._granted = self._spent + budget
@@ -456,7 +457,7 @@ class Target:
 
     async def _acknowledge(self, of: str) -> None:
         async with self._saying:
-            self._granted = self._spent + self._settings.budget
+            self._granted = self._spent + self._budget.limit
             await self._say(Ack(of, self._session.rounds, self._granted))
 
     async def _say(self, record: Credit | Ack | Welcome) -> None:
@@ -506,9 +507,10 @@ class Target:
             raise await self._refuse(error) from error
         if self._transport.answers:
             try:
-                await self._acknowledge("running")
-                await self._transport.finish()
-            except TransportError as error:
+                with anyio.fail_after(self._settings.patience):
+                    await self._acknowledge("running")
+                    await self._transport.finish()
+            except (TransportError, TimeoutError) as error:
                 log.warning("%s: the source was not told that the device runs: %s", self._transport.address, error)
                 self._warnings.append(f"the device runs, but the source could not be told: {error}")
 

@@ -1,8 +1,8 @@
-"""Transports by address: ``tcp:HOST:PORT``, ``unix:PATH``, ``file:PATH``, and whatever other distributions bring.
+"""Transports by address, ``tcp:HOST:PORT`` for example: ours, and those that other distributions bring.
 
 The module of a scheme is imported when an address names it, so nobody pays for a transport he does not use. Such a
 module has ``connect(address, options)`` and ``listen(address, options)``, both async context managers, which get the
-whole address and check its rest.
+whole address and check its rest, and ``OPTIONS``, the names of the options it knows.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from vfiostream.transports.options import Options
 
 _SCHEMES = {
     "tcp": ("tcp:HOST:PORT", "vfiostream.transports.stream"),
+    "tls": ("tls:HOST:PORT", "vfiostream.transports.tls"),
     "unix": ("unix:PATH", "vfiostream.transports.stream"),
     "file": ("file:PATH", "vfiostream.transports.file"),
     "exec": ("exec:COMMAND", "vfiostream.transports.program"),
@@ -25,38 +26,46 @@ _SCHEMES = {
     "stdio": ("stdio:", "vfiostream.transports.inherited"),
     "systemd": ("systemd:", "vfiostream.transports.inherited"),
 }
-_ONE_WAY = frozenset({"file", "exec", "fd", "stdio"})
-"""Those of ours that a checkpoint can go to."""
 
 
 class _SchemeModule(Protocol):
+    OPTIONS: frozenset[str]
+
     def connect(self, address: str, options: Options) -> AbstractAsyncContextManager[Transport]: ...
 
     def listen(self, address: str, options: Options) -> AbstractAsyncContextManager[Listener]: ...
 
 
-def _module_of(address: str) -> _SchemeModule:
-    """The module of a scheme of ours, or of somebody else's."""
+def missing(error: ModuleNotFoundError, what: str, extra: str) -> UsageError:
+    """What to raise where ``what`` needs a package that comes with an ``extra`` only."""
+    return UsageError(f"{what}: this needs {error.name}, which is not installed; install vfiostream[{extra}]")
+
+
+def _module_of(address: str, options: Options) -> _SchemeModule:
     scheme, colon, rest = address.partition(":")
-    if scheme in _SCHEMES and "\0" not in rest and (rest or _SCHEMES[scheme][0] == address):
-        return cast(_SchemeModule, importlib.import_module(_SCHEMES[scheme][1]))
-    from vfiostream.transports import third_party  # with what reads all installed metadata
+    whole = colon and "\0" not in address
+    if whole and scheme in _SCHEMES and (rest or _SCHEMES[scheme][0] == address):
+        try:
+            module = importlib.import_module(_SCHEMES[scheme][1])
+        except ModuleNotFoundError as error:
+            raise missing(error, address, scheme) from error
+    else:
+        from vfiostream.transports import third_party  # with what reads the metadata of all that is installed
 
-    others = third_party.installed(_SCHEMES)
-    if colon and "\0" not in rest and scheme in others:
-        return cast(_SchemeModule, third_party.load(scheme, others[scheme]))
-    known = ", ".join([*(form for form, _ in _SCHEMES.values()), *(f"{name}:" for name in sorted(others))])
-    raise UsageError(f"{address!r} is not an address; write one of {known}")
+        others = third_party.installed(_SCHEMES)
+        if not whole or scheme not in others:
+            known = ", ".join([*(form for form, _ in _SCHEMES.values()), *(f"{name}:" for name in sorted(others))])
+            raise UsageError(f"{address!r} is not an address; write one of {known}")
+        module = third_party.load(scheme, others[scheme])
+    options.only(address, *getattr(module, "OPTIONS", ()))
+    return cast(_SchemeModule, module)
 
 
-def check(address: str, *, answers: bool) -> None:
-    """Raise what :func:`connect` would for ``address``, as far as its scheme says: where there is no such, or it is one
-    of ours that does not go the way that is wanted (:attr:`Options.answers`). Opens nothing.
+def check(address: str, options: Options) -> None:
+    """Raise what :func:`connect` and :func:`listen` raise of a scheme that is not there, or that has not what
+    ``options`` ask for. Opens nothing.
     """
-    _module_of(address)
-    scheme = address.partition(":")[0]
-    if scheme in _SCHEMES and scheme not in _ONE_WAY:
-        Options(answers=answers).only(address)
+    _module_of(address, options)
 
 
 @asynccontextmanager
@@ -66,7 +75,8 @@ async def connect(address: str, options: Options | None = None) -> AsyncIterator
     Raises :class:`~vfiostream.errors.UsageError` for what is not an address, or has not what ``options`` ask for, and
     :class:`~vfiostream.errors.TransportError` when it can't be opened.
     """
-    async with _module_of(address).connect(address, options or Options()) as transport:
+    options = options or Options()
+    async with _module_of(address, options).connect(address, options) as transport:
         yield transport
 
 
@@ -75,5 +85,6 @@ async def listen(address: str, options: Options | None = None) -> AsyncIterator[
     """Open ``address`` to receive from it; raises as :func:`connect` does. A file is opened by ``accept``. What was
     accepted lives until it is closed, and no longer than the context.
     """
-    async with _module_of(address).listen(address, options or Options()) as listener:
+    options = options or Options()
+    async with _module_of(address, options).listen(address, options) as listener:
         yield listener

@@ -31,6 +31,12 @@ class Transport(Closing):
     answers: bool
     """Whether somebody reads what is sent and may answer now (a link), or not (a file)."""
 
+    keeps: int = 0
+    """Bytes of what was sent or came that it may hold in memory of this process. They come out of the byte budget."""
+
+    linger: float = 2.0
+    """Seconds that last words may take to reach the peer before the transport is closed."""
+
     @abstractmethod
     async def send(self, buffers: Sequence[Buffer]) -> None:
         """Hand over every byte of ``buffers``, in order.
@@ -39,6 +45,7 @@ class Transport(Closing):
         transport. Blocks while the other side takes nothing; that is the backpressure. If it is cancelled or fails, an
         unknown prefix went out: the transport is torn, later calls to ``send`` and ``finish`` raise, and the buffers
         may be reused. Only a call that was cancelled before its first byte went out leaves the transport as it was.
+        What it raises has ``taken`` 0 only if no byte of ``buffers`` went out, or ever will.
         """
 
     @abstractmethod
@@ -54,10 +61,11 @@ class Transport(Closing):
 
     @abstractmethod
     async def finish(self) -> None:
-        """Say that nothing more will be sent. On a link, the peer's ``receive`` then returns 0. For a file, everything
-        is durable (file and folder synced) and has its final name when this returns, and not before; where it raises,
-        the name is not given, or is taken back; if it can't be, the error says that the file is there. A ``send`` or
-        ``finish`` after it raises :class:`~vfiostream.errors.LocalProtocolError`.
+        """Say that nothing more will be sent; returns when it has left this process, and where the transport itself
+        sends lost bytes again, when the peer has everything. On a link, the peer's ``receive`` then returns 0. For a
+        file, everything is durable (file and folder synced) and has its final name when this returns, and not before;
+        where it raises, the name is not given, or is taken back; if it can't be, the error says that the file is there.
+        A ``send`` or ``finish`` after it raises :class:`~vfiostream.errors.LocalProtocolError`.
         """
 
     @abstractmethod

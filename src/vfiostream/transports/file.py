@@ -38,6 +38,8 @@ from vfiostream.transports.write_behind import WriteBehind
 
 logger = logging.getLogger("vfiostream.transport")
 
+OPTIONS = frozenset({"replace", "answers"})
+
 CLOSE_TIMEOUT = 5.0
 """Seconds ``aclose`` waits for a file system that hangs; closing then goes on by itself."""
 
@@ -287,7 +289,6 @@ class FileListener(Listener):
 @asynccontextmanager
 async def connect(address: str, options: Options) -> AsyncIterator[Transport]:
     """Begin a file of mode 0600. One that exists is refused, or replaced by ``finish`` with ``options.replace``."""
-    options.only(address, "replace", "answers")
     async with await anyio.to_thread.run_sync(_open_to_write, address, options.replace) as writer:
         yield writer
 
@@ -295,7 +296,6 @@ async def connect(address: str, options: Options) -> AsyncIterator[Transport]:
 @asynccontextmanager
 async def listen(address: str, options: Options) -> AsyncIterator[Listener]:
     """Name a file to be read; whether it can be is known at ``accept``."""
-    options.only(address, "answers")
     await anyio.lowlevel.checkpoint()
     async with FileListener(address) as listener:
         yield listener

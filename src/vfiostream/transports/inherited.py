@@ -28,6 +28,8 @@ from vfiostream.transports.descriptors import DescriptorTransport, socket_of
 from vfiostream.transports.options import Options
 from vfiostream.transports.stream import SocketListener, SocketTransport, tune
 
+OPTIONS = frozenset({"answers"})
+
 FIRST_PASSED = 3
 """The first descriptor that systemd passes on (sd_listen_fds(3))."""
 MAX_PASSED = 1024
@@ -196,7 +198,6 @@ class PassedListener(Listener):
 @asynccontextmanager
 async def connect(address: str, options: Options) -> AsyncIterator[Transport]:
     """Take what is connected already; one way, only to be sent to."""
-    options.only(address, "answers")
     await anyio.lowlevel.checkpoint()
     if address.startswith("systemd:"):
         raise UsageError(f"{address}: a service that systemd starts is there to receive; send to where it listens")
@@ -211,7 +212,8 @@ async def listen(address: str, options: Options) -> AsyncIterator[Listener]:
     from.
     """
     systemd = address.startswith("systemd:")
-    options.only(address, *(() if systemd else ("answers",)))
+    if systemd:
+        options.only(address)
     await anyio.lowlevel.checkpoint()
     ends = Ends(*[_passed(address)] * 2) if systemd else parse_ends(address)
     listener: Listener

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
-from vfiostream.errors import UsageError
+from vfiostream.errors import TransportError, UsageError
+from vfiostream.transports.credentials import Credentials
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +24,15 @@ class Options:
     timeout: float | None = None
     """Seconds that opening may take; None for as long as the system tries. A limit around the context would end it."""
 
+    credentials: Credentials | None = None
+    """Who we are and whom we believe, where a link is encrypted."""
+
+    plain: bool = False
+    """A listener that knows no one may be reached from other hosts: the network is trusted."""
+
+    refused: Callable[[TransportError], None] | None = None
+    """A listener calls it for each peer that it did not believe; it must not raise. They are logged in any case."""
+
     def only(self, address: str, *names: str) -> None:
         """Raise :class:`~vfiostream.errors.UsageError` where something is asked for that is not among ``names``: what a
         scheme does not know must not be ignored.
@@ -29,8 +40,8 @@ class Options:
         if not self.answers and "answers" not in names:
             raise UsageError(
                 f"{address}: that is a link, which says of no checkpoint that it is kept; use send and receive, or "
-                "give file:PATH, or exec:COMMAND for a program that keeps it"
+                "write file:PATH, or exec:COMMAND for a program that keeps it"
             )
         for field in fields(self):
-            if field.name not in ("timeout", *names) and getattr(self, field.name) != field.default:
+            if field.name not in ("timeout", "refused", *names) and getattr(self, field.name) != field.default:
                 raise UsageError(f"{address}: such an address has no {field.name}; leave that away")

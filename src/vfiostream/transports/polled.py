@@ -76,12 +76,22 @@ class PolledTransport(Transport):
             self._lost = True
             raise
 
+    @property
+    def holds(self) -> bool:
+        """Whether something that :meth:`offer` took has still to leave: :meth:`room` sees to that. Until it has, the
+        peer may wait for it in vain.
+        """
+        return False
+
     async def room(self) -> None:
-        """Wait until :meth:`offer` may get rid of something."""
+        """Wait until :meth:`offer` may get rid of something. Raises as ``send``."""
         try:
             await self._writable()
         except anyio.ClosedResourceError as error:
             raise self._used_when_closed() from error
+        except ConnectionLost:
+            self._lost = True
+            raise
 
     def take(self, into: Sequence[memoryview]) -> int | None:
         """Fill ``into`` with what is there, as ``receive`` does, but return None where nothing is."""
@@ -110,7 +120,9 @@ class PolledTransport(Transport):
 
     @abstractmethod
     def _write(self, buffers: Sequence[Buffer]) -> int:
-        """Take what can go now, at least one byte, or raise BlockingIOError; the next call may offer other bytes."""
+        """Take what can go now, at least one byte, or raise BlockingIOError; the next call may offer other bytes. Where
+        it raises, none of these bytes may go out later: what a library has got is taken, its failure comes next time.
+        """
 
     @abstractmethod
     def _read(self, into: Sequence[memoryview]) -> int:
@@ -150,8 +162,22 @@ class PolledTransport(Transport):
                     unsent.advance(count)
                     taken += count
             self._torn = False
+        if self.holds:
+            self._torn = True
+            await self._settle(taken)
+            self._torn = False
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("%s: sent %d bytes", self.address, size)
+
+    async def _settle(self, taken: int) -> None:
+        """Wait until all ``taken`` bytes of a call have left."""
+        try:
+            while self.holds:
+                await self.room()
+                self._check_open()
+        except TransportError as error:
+            error.taken = taken
+            raise
 
     async def _send_some(self, buffers: Sequence[Buffer], taken: int) -> int:
         """Wait until something of ``buffers`` is taken; ``taken`` bytes of the same call went before them."""
@@ -159,13 +185,13 @@ class PolledTransport(Transport):
             self._check_open()
             try:
                 count = self.offer(buffers)
+                if count:
+                    return count
+                await self.room()
             except TransportError as error:
                 self._torn = True
                 error.taken = taken
                 raise
-            if count:
-                return count
-            await self.room()
 
     async def receive(self, into: Sequence[memoryview], least: int = 1) -> int:
         self._check_open()
@@ -187,6 +213,9 @@ class PolledTransport(Transport):
             raise self._failure("finishing", error) from error
         except anyio.ClosedResourceError as error:
             raise self._used_when_closed() from error
+        except ConnectionLost:
+            self._lost = True
+            raise
         self._finished = True
         logger.debug("%s: finished sending", self.address)
 

@@ -35,6 +35,8 @@ from vfiostream.transports.options import Options
 
 logger = logging.getLogger("vfiostream.transport")
 
+OPTIONS = frozenset({"answers"})
+
 ENDING = 1.0
 """Seconds that a program which takes or gives nothing more may take to end, before that counts without its status."""
 GRACE = 2.0
@@ -243,7 +245,6 @@ class ProgramListener(Listener):
 @asynccontextmanager
 async def connect(address: str, options: Options) -> AsyncIterator[Transport]:
     """Run the command, with its input to write to; as a link, with its output to read from, too."""
-    options.only(address, "answers")
     await anyio.lowlevel.checkpoint()
     async with _start(address, reads=options.answers, writes=True) as transport:
         yield transport
@@ -252,7 +253,6 @@ async def connect(address: str, options: Options) -> AsyncIterator[Transport]:
 @asynccontextmanager
 async def listen(address: str, options: Options) -> AsyncIterator[Listener]:
     """Name a command with an output to read from; as a link, with its input to write to, too. ``accept`` runs it."""
-    options.only(address, "answers")
     await anyio.lowlevel.checkpoint()
     async with ProgramListener(address, answers=options.answers) as listener:
         yield listener

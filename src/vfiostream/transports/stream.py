@@ -8,6 +8,7 @@ has no room or no data. Measured against iperf3 it reaches 0.58 to 0.66 on async
 from __future__ import annotations
 
 import errno
+import ipaddress
 import logging
 import os
 import re
@@ -26,6 +27,8 @@ from vfiostream.transports.options import Options
 from vfiostream.transports.polled import PolledTransport
 
 logger = logging.getLogger("vfiostream.transport")
+
+OPTIONS = frozenset({"plain"})
 
 KEEPALIVE_IDLE = 10
 """Seconds without a sign of life after which the kernel asks the peer for one."""
@@ -51,7 +54,10 @@ UNIX_SEND_BUFFER = 2 << 20
 UNIX_PATH_MAX = 107
 """Bytes of ``sun_path`` without its terminating zero (unix(7))."""
 
-_TCP_ADDRESS = re.compile(r"tcp:(?:\[(?P<bracketed>[^][]+)\]|(?P<plain>[^][:]+)):(?P<port>[0-9]{1,5})")
+LOOPBACK = "127.0.0.1"
+"""Where no host is named."""
+
+_PLACE = re.compile(r"(?:\[(?P<bracketed>[^][]+)\]|(?P<plain>[^][:]*)):(?P<port>[0-9]{1,5})")
 
 
 class SocketTransport(PolledTransport):
@@ -102,6 +108,12 @@ class SocketListener(Listener):
         self._closed = False
 
     async def accept(self) -> Transport:
+        return SocketTransport(*await self.accept_socket())
+
+    async def accept_socket(self) -> tuple[socket.socket, str]:
+        """As :meth:`accept`, for those who make another transport of it: the socket, not blocking, and the sender's
+        address.
+        """
         await anyio.lowlevel.checkpoint()
         while True:
             if self._closed:
@@ -122,9 +134,9 @@ class SocketListener(Listener):
             else:
                 break
         sock.setblocking(False)
-        address = self.address if sock.family == socket.AF_UNIX else _tcp_text(peer)
+        address = self.address if sock.family == socket.AF_UNIX else _text(self.address, peer)
         logger.debug("%s: accepted %s", self.address, address)
-        return SocketTransport(sock, address)
+        return sock, address
 
     async def aclose(self) -> None:
         if self._closed:
@@ -142,19 +154,24 @@ class SocketListener(Listener):
 @asynccontextmanager
 async def connect(address: str, options: Options) -> AsyncIterator[Transport]:
     """Connect to whoever listens at ``address``; of a host with several addresses, the first that answers."""
-    options.only(address)
     try:
         with anyio.fail_after(options.timeout):
-            transport = await _connect(address)
+            sock = await connect_socket(address)
     except TimeoutError as error:
-        raise TransportError(
-            f"{address}: nobody answered within {options.timeout:g} s; check the address and the network"
-        ) from error
-    async with transport:
+        raise no_answer(address, options) from error
+    async with SocketTransport(sock, address) as transport:
         yield transport
 
 
-async def _connect(address: str) -> Transport:
+def no_answer(address: str, options: Options) -> TransportError:
+    """What to raise where ``options.timeout`` is over."""
+    return TransportError(f"{address}: nobody answered within {options.timeout:g} s; check the address and the network")
+
+
+async def connect_socket(address: str) -> socket.socket:
+    """A socket, not blocking, that is connected to ``address``, whose scheme does not matter here. Raises as
+    :func:`vfiostream.transports.connect`.
+    """
     for family, target in await _targets(address):
         try:
             sock = await _connected(family, target)
@@ -163,7 +180,7 @@ async def _connect(address: str) -> Transport:
             failure = error
         else:
             logger.debug("%s: connected to %s", address, target)
-            return SocketTransport(sock, address)
+            return sock
     raise TransportError(f"{address}: {_connect_problem(failure)}") from failure
 
 
@@ -196,15 +213,26 @@ def _connect_problem(error: OSError) -> str:
 async def listen(address: str, options: Options) -> AsyncIterator[Listener]:
     """Listen at ``address``; of a host with several addresses, at the first that can be bound.
 
-    A UNIX socket that nobody listens on any more is replaced. Only its owner may connect to the new one.
+    A UNIX socket that nobody listens on any more is replaced. Only its owner may connect to the new one. To a TCP port
+    everybody may: so it has to be one of the loopback, unless ``options.plain`` says that the network is trusted.
     """
-    options.only(address)
-    async with await _listen(address) as listener:
+    if address.startswith("unix:"):
+        options.only(address)
+    async with await listen_socket(address, trusted=options.plain) as listener:
         yield listener
 
 
-async def _listen(address: str) -> Listener:
+async def listen_socket(address: str, *, trusted: bool) -> SocketListener:
+    """Listen at ``address``, whose scheme does not matter here. Whoever is not ``trusted`` may come from this host
+    only. Raises as :func:`vfiostream.transports.listen`.
+    """
     targets = await _targets(address, passive=True)
+    for family, target in targets:
+        if family != socket.AF_UNIX and not trusted and not ipaddress.ip_address(target[0]).is_loopback:
+            raise UsageError(
+                f"{address}: whoever reaches this port could send, since tcp: knows no one; listen at tls:, which "
+                "does, or at a loopback address, or say that the network is trusted (--plain)"
+            )
     path = str(targets[0][1]) if targets[0][0] == socket.AF_UNIX else None
     if path is not None:
         _clear_stale(path, address)
@@ -215,7 +243,8 @@ async def _listen(address: str) -> Listener:
             logger.debug("%s: listening at %s failed: %s", address, target, error.strerror)
             failure = error
         else:
-            listener = SocketListener(sock, address if path is not None else _tcp_text(sock.getsockname()), path)
+            name = address if path is not None else _text(address, sock.getsockname())
+            listener = SocketListener(sock, name, path)
             logger.debug("%s: listening", listener.address)
             return listener
     what = "an address and port of this host" if path is None else "a path in a folder that exists"
@@ -264,11 +293,15 @@ def _clear_stale(path: str, address: str) -> None:
     logger.debug("%s: removed a socket nobody used", address)
 
 
-def _parse_tcp(address: str) -> tuple[str, int]:
-    match = _TCP_ADDRESS.fullmatch(address)
+def host_and_port(address: str) -> tuple[str, int]:
+    """Of ``SCHEME:HOST:PORT``; no HOST is the loopback. Raises :class:`~vfiostream.errors.UsageError`."""
+    scheme, _, place = address.partition(":")
+    match = _PLACE.fullmatch(place)
     if match is None or int(match["port"]) > 65535:
-        raise UsageError(f"{address!r} is not tcp:HOST:PORT with a port up to 65535; an IPv6 HOST goes in brackets")
-    return match["bracketed"] or match["plain"], int(match["port"])
+        raise UsageError(
+            f"{address!r} is not {scheme}:HOST:PORT with a port up to 65535; an IPv6 HOST goes in brackets"
+        )
+    return match["bracketed"] or match["plain"] or LOOPBACK, int(match["port"])
 
 
 async def _targets(address: str, *, passive: bool = False) -> list[tuple[socket.AddressFamily, str | tuple[str, int]]]:
@@ -278,7 +311,7 @@ async def _targets(address: str, *, passive: bool = False) -> list[tuple[socket.
         if len(os.fsencode(rest)) > UNIX_PATH_MAX:
             raise UsageError(f"{address!r} is longer than the {UNIX_PATH_MAX} bytes of a UNIX socket; shorten the path")
         return [(socket.AF_UNIX, rest)]
-    host, port = _parse_tcp(address)
+    host, port = host_and_port(address)
     if not passive and port == 0:
         raise UsageError(f"{address!r} has port 0, which can't be connected to; write the port the other end shows")
     try:
@@ -329,6 +362,8 @@ def _inode(path: str) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _tcp_text(name: tuple[str, int] | tuple[str, int, int, int]) -> str:
+def _text(like: str, name: tuple[str, int] | tuple[str, int, int, int]) -> str:
+    """``name`` as an address of the scheme of ``like``."""
+    scheme = like.partition(":")[0]
     host, port = name[:2]
-    return f"tcp:[{host}]:{port}" if ":" in host else f"tcp:{host}:{port}"
+    return f"{scheme}:[{host}]:{port}" if ":" in host else f"{scheme}:{host}:{port}"
