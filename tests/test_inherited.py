@@ -203,10 +203,10 @@ async def test_one_way_has_one_direction() -> None:
                 await receiver.finish()
 
 
-@pytest.mark.parametrize("options", [Options(replace=True), Options(plain=True)])
-async def test_what_they_do_not_have_is_refused(options: Options) -> None:
+async def test_what_they_do_not_have_is_refused() -> None:
     for address in ("fd:7", "stdio:", "systemd:"):
-        await refused(address, "leave that away", options=options)
+        await refused(address, "has no replace; leave that away", options=Options(replace=True))
+        await refused(address, "has no plain; leave that away", connect, options=Options(plain=True))
 
 
 # ---- what is taken
@@ -277,6 +277,45 @@ async def test_a_listening_socket_is_received_from(family: socket.AddressFamily,
             await send_all(sender, [[b"hello"]])
             assert await receive_all(receiver) == b"hello"
     assert family == socket.AF_INET or (tmp_path / "x").exists()  # it is not ours to remove
+
+
+async def test_a_port_that_others_reach_needs_a_trusted_network() -> None:
+    made = socket.create_server(("0.0.0.0", 0))
+    port = made.getsockname()[1]
+    (fd,) = passed_on(made.detach())
+    await refused(f"fd:{fd}", r"it listens at 0\.0\.0\.0, and whoever reaches that could send.*--plain", listen)
+    async with time_limit(), listen(f"fd:{fd}", Options(plain=True)) as listener:
+        async with connect(f"tcp:127.0.0.1:{port}"), await listener.accept() as receiver:
+            assert receiver.answers
+
+
+async def test_at_a_path_only_our_own_user_and_root_are_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = socket.socket(socket.AF_UNIX)
+    made.bind(str(tmp_path / "x"))
+    made.listen()
+    (fd,) = passed_on(made.detach())
+    heard: list[TransportError] = []
+    users = iter([4711, 0, os.geteuid()])
+    # The kernel says who connects; another user can't be had in a test.
+    monkeypatch.setattr(inherited, "peer_user", lambda sock: next(users))
+    async with time_limit(), listen(f"fd:{fd}", Options(refused=heard.append)) as listener:
+        async with connect(f"unix:{tmp_path}/x") as stranger, connect(f"unix:{tmp_path}/x") as sender:
+            async with await listener.accept() as receiver:
+                await sender.send([b"known"])
+                assert await receive_exactly(receiver, 5) == b"known"
+                assert await stranger.receive([memoryview(bytearray(1))]) == 0
+        async with connect(f"unix:{tmp_path}/x"), await listener.accept() as receiver:
+            assert receiver.answers
+    assert [str(error) for error in heard] == [f"fd:{fd}: a process of user 4711; send as user {os.geteuid()} or root"]
+    assert "a process of user 4711" in caplog.text
+
+
+def test_the_kernel_says_who_connects() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert inherited.peer_user(ours) == os.geteuid()
 
 
 # ---- standard input and output

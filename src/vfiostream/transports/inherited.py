@@ -1,7 +1,8 @@
 """Descriptors that whoever started this process has passed on: ``fd:N``, ``fd:IN,OUT``, ``stdio:``, ``systemd:NAME``.
 
 A connected stream socket is a link, two descriptors are one, a pipe is one way, and a listening socket can be received
-from. Whoever passed them on has said who may use them. Invariants:
+from. Whoever passed a connection on has believed its peer; who may connect to a listening socket has the rules of its
+kind. Invariants:
 
 - Nothing is taken that was not passed on: what this process has opened itself is closed on exec, so a descriptor that
   is (the event loop's own, as a rule) is refused.
@@ -12,23 +13,28 @@ from. Whoever passed them on has said who may use them. Invariants:
 from __future__ import annotations
 
 import fcntl
+import ipaddress
+import logging
 import os
 import re
 import socket
 import stat
+import struct
 from collections.abc import AsyncIterator, Iterable
 from contextlib import ExitStack, asynccontextmanager
 from typing import NamedTuple
 
 import anyio.lowlevel
 
-from vfiostream.errors import TransportError, UsageError
+from vfiostream.errors import PeerRefused, TransportError, UsageError
 from vfiostream.transports.contract import Listener, Transport
 from vfiostream.transports.descriptors import DescriptorTransport, socket_of
 from vfiostream.transports.options import Options
 from vfiostream.transports.stream import SocketListener, SocketTransport, tune
 
-OPTIONS = frozenset({"answers"})
+logger = logging.getLogger("vfiostream.transport")
+
+OPTIONS = frozenset({"answers", "plain"})
 
 FIRST_PASSED = 3
 """The first descriptor that systemd passes on (sd_listen_fds(3))."""
@@ -109,7 +115,8 @@ def _check_way(address: str, fd: int, *, writes: bool) -> None:
             ) from error
 
 
-def _is_listening(address: str, fd: int) -> bool:
+def _is_listening(address: str, fd: int, *, trusted: bool) -> bool:
+    """Whether ``fd`` listens; raises UsageError where it does, and more may connect to it than should."""
     if _kind(address, fd) != stat.S_IFSOCK:
         return False
     with socket_of(fd) as sock:
@@ -117,6 +124,12 @@ def _is_listening(address: str, fd: int) -> bool:
             return False
         if sock.family not in _FAMILIES:
             raise UsageError(f"{address}: descriptor {fd} listens neither for TCP nor at a path; pass on one that does")
+        name = sock.getsockname()
+        if sock.family != socket.AF_UNIX and not trusted and not ipaddress.ip_address(name[0]).is_loopback:
+            raise UsageError(
+                f"{address}: it listens at {name[0]}, and whoever reaches that could send, since TCP knows no one; "
+                "have it listen at a loopback address, or say that the network is trusted (--plain)"
+            )
     return True
 
 
@@ -195,9 +208,40 @@ class PassedListener(Listener):
             await transport.aclose()
 
 
+def peer_user(sock: socket.socket) -> int:
+    """The user of the process at the other end of a UNIX socket, as the kernel knows it (unix(7), SO_PEERCRED)."""
+    _, user, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return int(user)
+
+
+class PassedSocketListener(SocketListener):
+    """A listening socket that was made elsewhere: at a path, whose mode is not ours, processes of our own user and of
+    root are believed.
+    """
+
+    def __init__(self, sock: socket.socket, address: str, options: Options) -> None:
+        super().__init__(sock, address)
+        self._refused = options.refused
+
+    async def accept_socket(self) -> tuple[socket.socket, str]:
+        while True:
+            sock, address = await super().accept_socket()
+            if sock.family != socket.AF_UNIX:
+                return sock, address
+            user = peer_user(sock)
+            if user in (0, os.geteuid()):
+                return sock, address
+            sock.close()
+            refusal = PeerRefused(f"{address}: a process of user {user}; send as user {os.geteuid()} or root")
+            logger.warning("refused %s", refusal)
+            if self._refused is not None:
+                self._refused(refusal)
+
+
 @asynccontextmanager
 async def connect(address: str, options: Options) -> AsyncIterator[Transport]:
     """Take what is connected already; one way, only to be sent to."""
+    options.only(address, "answers")
     await anyio.lowlevel.checkpoint()
     if address.startswith("systemd:"):
         raise UsageError(f"{address}: a service that systemd starts is there to receive; send to where it listens")
@@ -212,17 +256,16 @@ async def listen(address: str, options: Options) -> AsyncIterator[Listener]:
     from.
     """
     systemd = address.startswith("systemd:")
-    if systemd:
-        options.only(address)
+    options.only(address, "plain", *(() if systemd else ("answers",)))
     await anyio.lowlevel.checkpoint()
     ends = Ends(*[_passed(address)] * 2) if systemd else parse_ends(address)
     listener: Listener
     if not options.answers:
         listener = PassedListener(_one_way(address, ends, writes=False))
-    elif ends.reads == ends.writes and _is_listening(address, ends.reads):
+    elif ends.reads == ends.writes and _is_listening(address, ends.reads, trusted=options.plain):
         sock = socket.socket(fileno=_take(address, [ends.reads])[ends.reads])
         tune(sock)
-        listener = SocketListener(sock, address)
+        listener = PassedSocketListener(sock, address, options)
     else:
         listener = PassedListener(_link(address, ends))
     async with listener:
