@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from time import monotonic, process_time
 from typing import Any
 
@@ -106,6 +107,8 @@ async def open_device(end: End) -> AsyncIterator[tuple[Device, ReferenceDevice |
 
 
 async def move(end: End) -> dict[str, Any]:
+    if end.core is not None:
+        os.sched_setaffinity(0, {end.core})
     settings = vfiostream.Settings(**end.settings)
     guest = make_guest(end)
     async with open_device(end) as (device, reference):
@@ -118,6 +121,15 @@ async def move(end: End) -> dict[str, Any]:
     return seen
 
 
+def link_options(end: End) -> vfiostream.Options:
+    channels = end.channels if end.does == "send" else 1
+    if not end.certificates:
+        return vfiostream.Options(channels=channels)
+    folder, name = Path(end.certificates), "source" if end.does == "send" else "target"
+    credentials = vfiostream.Credentials(folder / f"{name}.pem", folder / f"{name}.key", folder / "ca.pem")
+    return vfiostream.Options(channels=channels, credentials=credentials)
+
+
 async def give(end: End, device: Device, guest: LastRound, settings: vfiostream.Settings) -> dict[str, Any]:
     say({"address": ""})
     address = await told()
@@ -127,7 +139,7 @@ async def give(end: End, device: Device, guest: LastRound, settings: vfiostream.
         async with vfiostream.connect(address) as file:
             summary = await vfiostream.save(device, file, guest=guest, policy=policy, settings=settings)
     else:
-        async with vfiostream.connect(address) as transport:
+        async with vfiostream.connect(address, link_options(end)) as transport:
             began, cpu = monotonic(), process_time()
             summary = await vfiostream.send(device, transport, guest=guest, policy=policy, settings=settings)
     return measured(summary, began, cpu) | {"first_round": policy.throughput}
@@ -140,7 +152,7 @@ async def take(end: End, device: Device, guest: LastRound, settings: vfiostream.
         began, cpu = monotonic(), process_time()
         async with vfiostream.listen(address) as folder, await folder.accept() as file:
             return measured(await vfiostream.restore(file, device, guest=guest, settings=settings), began, cpu)
-    async with vfiostream.listen(end.address) as listener:
+    async with vfiostream.listen(end.address, link_options(end)) as listener:
         say({"address": listener.address})
         async with await listener.accept() as transport:
             began, cpu = monotonic(), process_time()

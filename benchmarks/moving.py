@@ -33,6 +33,8 @@ class End:
     address: str = "tcp:127.0.0.1:0"
     """Where a target listens."""
     backend: Backend = "asyncio"
+    certificates: str = ""
+    """A folder of `vfiostream cert`, for a link that needs one."""
     memory: int = 0
     """Bytes of memory of a reference device in this process; 0 for a device without."""
     region: int = 16 * MIB
@@ -47,6 +49,10 @@ class End:
     """Whether guest memory was touched before."""
     last_round: int = 0
     """Bytes of guest memory that are dirty when the source has stopped."""
+    channels: int = 1
+    """Connections that a source makes its link of."""
+    core: int | None = None
+    """The only one that this side may use; None for all."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Of the library."""
 

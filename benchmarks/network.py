@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import anyio
@@ -12,11 +13,13 @@ from benchmarks.acceptance import bar0
 from benchmarks.contents import write
 from benchmarks.moving import Backend, End, move, reference_device
 from benchmarks.pairs import Run
-from benchmarks.peers import iperf, limit
+from benchmarks.peers import CIPHER, iperf, limit, openssl, openssl_content
 from benchmarks.plan import MIB, CannotRun, Plan
 from benchmarks.row import Row, compare, processor_time
+from vfiostream.transports.certificates import make_pair
 
 REGIONS = (16 * MIB, 4 * MIB, MIB)
+CHANNELS = (4, 16)
 BACKENDS: Sequence[Backend] = ("asyncio", "uvloop", "trio")
 
 
@@ -111,6 +114,59 @@ def unix_socket(plan: Plan) -> Iterator[Row]:
         yield compare(rounds, "ours", "C, region to region", path="UNIX socket, guest memory only", must=0.9)
 
 
+def tls(plan: Plan) -> Iterator[Row]:
+    """Ours has a device at both ends, checks what arrives, and puts it where it belongs; OpenSSL's server throws it
+    away.
+    """
+    path = "TLS over TCP, device to device"
+    with plan.folder() as folder:
+        content, certificates = folder / "content", folder / "certificates"
+        openssl_content(content, plan.size)
+        make_pair(certificates, ["127.0.0.1"], days=1)
+        device = End(
+            "send",
+            address="tls:127.0.0.1:0",
+            certificates=str(certificates),
+            memory=plan.size,
+            region=REGIONS[0],
+            settings={"chunk": plan.chunk},
+        )
+        rounds = plan.rounds(
+            {
+                "ours": partial(_ours, device),
+                "OpenSSL, s_client to s_server": partial(openssl, content, certificates, plan.size),
+            }
+        )
+    yield compare(rounds, "ours", "OpenSSL, s_client to s_server", path=path, must=0.9, note=f"{CIPHER} both")
+    yield from processor_time(rounds, "ours", "OpenSSL, s_client to s_server", path=path, must=1.0)
+
+
+def channels(plan: Plan) -> Iterator[Row]:
+    """Several connections against one, each side on a core of its own and no other."""
+    with plan.folder() as folder:
+        for name, address in (("TCP", "tcp:127.0.0.1:0"), ("UNIX socket", f"unix:{folder / 'link'}")):
+            for backend in BACKENDS:
+                rounds = plan.rounds(
+                    {
+                        f"{count} channels": partial(_on_a_core_each, plan, address, backend, count)
+                        for count in (1, *CHANNELS)
+                    }
+                )
+                for count in CHANNELS:
+                    yield compare(
+                        rounds,
+                        f"{count} channels",
+                        "1 channels",
+                        path=f"{name}, guest memory only, a core a side, {backend}",
+                        must=1.0 if count == 4 else None,
+                    )
+
+
+def _on_a_core_each(plan: Plan, address: str, backend: Backend, channels: int) -> Run:
+    source = End("send", address, backend, guest=plan.size, channels=channels, core=0, settings={"chunk": plan.chunk})
+    return move(source, replace(source, does="receive", core=1)).run
+
+
 def event_loops(plan: Plan) -> Iterator[Row]:
     contestants: dict[str, Callable[[], Run]] = {backend: partial(guest_only, plan, backend) for backend in BACKENDS}
     rounds = plan.rounds(contestants)
@@ -173,6 +229,8 @@ MEASUREMENTS = (
     against_qemu,
     fresh_target,
     unix_socket,
+    tls,
+    channels,
     event_loops,
     own_processes,
     iperf3,

@@ -14,7 +14,8 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from time import monotonic
+from tempfile import TemporaryFile
+from time import monotonic, sleep
 from typing import IO, Literal
 
 from benchmarks.pairs import Run
@@ -26,6 +27,7 @@ PACKAGES = {
     "iperf3": "iperf3",
     "zstd": "zstd",
     "socat": "socat",
+    "openssl": "openssl",
     "qemu-system-x86_64": "qemu-system-x86",
     "cp": "coreutils",
     "dd": "coreutils",
@@ -104,6 +106,96 @@ def iperf(size: int) -> Run:
     finally:
         server.kill()
         server.communicate()
+
+
+TLS_BLOCK = 1024
+"""Bytes that begin with a zero in what ``s_client`` sends: it takes some letters at the start of what it reads, in
+blocks of a few KiB, for commands.
+"""
+CIPHER = "TLS_AES_256_GCM_SHA384"
+"""What OpenSSL's ends agree on where nothing is said; ours are OpenSSL's, and say nothing."""
+
+
+def openssl_content(file: Path, size: int) -> None:
+    """Fill ``file`` with what :func:`openssl` sends."""
+    block = bytearray(os.urandom(MIB))
+    block[::TLS_BLOCK] = bytes(MIB // TLS_BLOCK)
+    with file.open("wb") as opened:
+        for start in range(0, size, MIB):
+            opened.write(block[: size - start])
+
+
+def openssl(content: Path, certificates: Path, size: int) -> Run:
+    """``openssl s_client`` to ``s_server``, each with a certificate: a file in memory to nowhere, from the start of the
+    client to the end of the server. CPU time is of all that each of them did.
+    """
+    port, name = free_port(), program("openssl")
+    common = ("-quiet", "-tls1_3", "-ciphersuites", CIPHER, "-verify_return_error")
+
+    def shown(end: str) -> list[str]:
+        return ["-cert", f"{end}.pem", "-key", f"{end}.key", "-CAfile", "ca.pem"]
+
+    serve = [
+        name,
+        "s_server",
+        *common,
+        *shown("target"),
+        "-accept",
+        f"127.0.0.1:{port}",
+        "-naccept",
+        "2",
+        "-Verify",
+        "2",
+    ]
+    connect = [
+        name,
+        "s_client",
+        *common,
+        *shown("source"),
+        "-connect",
+        f"127.0.0.1:{port}",
+        "-verify",
+        "2",
+        "-no_ign_eof",
+    ]
+    with content.open("rb") as file, TemporaryFile() as said:
+        # A server lets its client go when its own input ends.
+        server = subprocess.Popen(
+            serve, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=said, cwd=certificates
+        )
+        with server:
+            try:
+                _wait_for(port)  # This is the first of the two connections that it takes.
+                began = monotonic()
+                client = subprocess.Popen(connect, stdin=file, stdout=subprocess.DEVNULL, stderr=said, cwd=certificates)
+                sending, receiving = (_ended(process, said) for process in (client, server))
+                return Run(size, monotonic() - began, sending, receiving)
+            finally:
+                server.kill()
+
+
+def _wait_for(port: int) -> None:
+    """Return when somebody listens at ``port``."""
+    deadline = monotonic() + 10
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+        except ConnectionRefusedError as error:
+            if monotonic() > deadline:
+                raise CannotRun(f"nobody listens at port {port}") from error
+            sleep(0.01)
+        else:
+            return
+
+
+def _ended(process: subprocess.Popen[bytes], said: IO[bytes]) -> float:
+    """Wait until ``process`` has ended; returns its CPU seconds. Raises :class:`CannotRun` where it failed."""
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        said.seek(0)
+        raise CannotRun(f"{process.args!r} ended with {process.returncode}: {said.read().decode().strip()}")
+    return usage.ru_utime + usage.ru_stime
 
 
 def zstd_through_socat(content: Path, target: Path, size: int) -> Run:

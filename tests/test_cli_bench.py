@@ -303,7 +303,7 @@ async def follow(carry: Callable[[Progress], Awaitable[Summary]]) -> Summary:
 @pytest.fixture
 async def listener(anyio_backend: Any) -> AsyncIterator[Listener]:
     with short_folder() as folder:
-        async with transports.listen(f"unix:{folder}/link") as opened:
+        async with transports.listen(f"unix:{folder}/link", Options(silent=True)) as opened:
             yield opened
 
 

@@ -32,7 +32,7 @@ def block(name: str) -> dict[str, Any]:
 def test_every_block_is_run_here() -> None:
     blocks = re.findall(r"```python\n# (\w+)\n", TEXT)
     assert len(blocks) == TEXT.count("```python")
-    assert set(blocks) == {"source", "target", "guest", "vmm", "check", "checkpoint", "watching", "record"}
+    assert set(blocks) == {"source", "target", "guest", "vmm", "check", "checkpoint", "watching", "limits", "record"}
 
 
 async def test_a_migration(tmp_path: Path) -> None:
@@ -56,6 +56,20 @@ async def test_a_migration(tmp_path: Path) -> None:
     finally:
         for driver in drivers:
             driver.close()
+
+
+async def test_limits() -> None:
+    bandwidth = vfiostream.Bandwidth(1, 1 << 30)
+    async with machines() as (source, target):
+        here, there = memory_pair()
+        with anyio.fail_after(30):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(vfiostream.receive, target.device, there)
+                tasks.start_soon(block("limits")["limited"], source.device, here, bandwidth)
+                await anyio.wait_all_tasks_blocked()
+                assert source.state is State.RUNNING_LOGGING
+                bandwidth.limit = None
+        assert target.state is State.RUNNING
 
 
 async def test_guest_memory_and_watching(tmp_path: Path) -> None:

@@ -32,9 +32,13 @@ from vfiostream.protocol import limits
 from vfiostream.transports import connect, listen
 from vfiostream.transports.contract import Transport
 from vfiostream.transports.memory import memory_pair
+from vfiostream.transports.options import Options
 from vfiostream.uapi.four_region import State
 
 pytestmark = pytest.mark.anyio
+
+SILENT = Options(silent=True)
+"""Whoever connects is accepted before he has said anything."""
 NOTHING = Guest()
 
 
@@ -136,7 +140,7 @@ async def test_a_busy_device_and_its_guest_move() -> None:
 @pytest.mark.parametrize("scheme", ["tcp", "unix"])
 async def test_over_a_real_link(scheme: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     address = "tcp:127.0.0.1:0" if scheme == "tcp" else f"unix:{tmp_path_factory.mktemp('l') / 's'}"
-    async with machines(replace(SMALL, dirty_rate=MIB)) as (source, target), listen(address) as listener:
+    async with machines(replace(SMALL, dirty_rate=MIB)) as (source, target), listen(address, SILENT) as listener:
         async with connect(listener.address) as here, await listener.accept() as there:
             await move(source, target, (here, there))
 
@@ -384,7 +388,7 @@ async def test_progress_tells_the_phases() -> None:
 
 async def test_every_layer_leaves_a_trace(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, logger="vfiostream"):
-        async with machines() as (source, target), listen("tcp:127.0.0.1:0") as listener:
+        async with machines() as (source, target), listen("tcp:127.0.0.1:0", SILENT) as listener:
             async with connect(listener.address) as here, await listener.accept() as there:
                 await move(source, target, (here, there))
     traced = {record.name for record in caplog.records}

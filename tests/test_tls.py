@@ -35,7 +35,7 @@ pytestmark = pytest.mark.anyio
 
 @asynccontextmanager
 async def connected(source: Credentials, target: Credentials) -> AsyncIterator[tuple[Transport, Transport]]:
-    async with listen("tls:127.0.0.1:0", Options(credentials=target)) as listener:
+    async with listen("tls:127.0.0.1:0", Options(credentials=target, silent=True)) as listener:
         async with connect(listener.address, Options(credentials=source)) as sender:
             yield sender, await listener.accept()
 
@@ -146,7 +146,7 @@ class Target:
 
 
 @asynccontextmanager
-async def waiting(folder: Path, credentials: Credentials) -> AsyncIterator[tuple[Machine, Target]]:
+async def waiting(folder: Path, credentials: Credentials, scheme: str = "tls") -> AsyncIterator[tuple[Machine, Target]]:
     """A source, and a target that waits for it with ``credentials``. What the body does moves nothing: neither driver
     is told anything. When it ends, a friend whom the target believes moves the source: nobody was kept out.
     """
@@ -164,7 +164,7 @@ async def waiting(folder: Path, credentials: Credentials) -> AsyncIterator[tuple
                 await receive(there.device, link)
 
         options = Options(credentials=credentials, refused=target.refused)
-        async with listen("tls:127.0.0.1:0", options) as listener, anyio.create_task_group() as tasks:
+        async with listen(f"{scheme}:127.0.0.1:0", options) as listener, anyio.create_task_group() as tasks:
             target.address = listener.address
             tasks.start_soon(take, listener)
             yield here, target

@@ -40,6 +40,9 @@ from vfiostream.transports.unsent import Unsent
 
 pytestmark = pytest.mark.anyio
 
+SILENT = Options(silent=True)
+"""Whoever connects is accepted before he has said anything."""
+
 
 def has_ipv6() -> bool:
     try:
@@ -52,7 +55,7 @@ def has_ipv6() -> bool:
 
 @asynccontextmanager
 async def connected(address: str) -> AsyncIterator[tuple[Transport, Transport]]:
-    async with listen(address) as listener:
+    async with listen(address, SILENT) as listener:
         async with connect(listener.address) as sender:
             yield sender, await listener.accept()
 
@@ -181,11 +184,11 @@ def refuse_direct_access(patch: pytest.MonkeyPatch, call: str) -> None:
 
 @pytest.mark.parametrize(
     "address",
-    ["", "tcp", "tcp:", "unix:", "file:", "quic:host:1", "TCP:host:1", ":1", "file:a\0b", "tcp:ho\0st:1", "/a/path"],
+    ["", "tcp", "tcp:", "unix:", "file:", "quick:host:1", "TCP:host:1", ":1", "file:a\0b", "tcp:ho\0st:1", "/a/path"],
 )
 async def test_what_is_no_address_is_refused_with_a_list_of_what_is(address: str) -> None:
     for opening in (connect, listen):
-        with pytest.raises(UsageError, match=r"tcp:HOST:PORT, unix:PATH, file:PATH"):
+        with pytest.raises(UsageError, match=r"tcp:HOST:PORT, tls:HOST:PORT, quic:HOST:PORT, unix:PATH, file:PATH"):
             async with opening(address):
                 pass
 
@@ -195,7 +198,7 @@ async def test_what_is_no_address_is_refused_with_a_list_of_what_is(address: str
     [
         "tcp:host",
         "tcp:host:",
-        "tcp::7000",
+        "tcp:7000",
         "tcp:host:65536",
         "tcp:host:-1",
         "tcp:host:port",
@@ -213,6 +216,36 @@ async def test_malformed_tcp_addresses(address: str) -> None:
         with pytest.raises(UsageError, match=r"brackets"):
             async with opening(address):
                 pass
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "[::]", "192.0.2.1"])
+async def test_who_knows_no_one_listens_for_this_host_only(host: str) -> None:
+    with pytest.raises(
+        UsageError, match="tcp: knows no one; listen at tls:, .* or at a loopback address, or .*--plain"
+    ):
+        async with listen(f"tcp:{host}:0"):
+            pass
+
+
+async def test_unless_the_network_is_trusted() -> None:
+    async with time_limit(), listen("tcp:0.0.0.0:0", Options(plain=True)) as listener:
+        assert re.fullmatch(r"tcp:0\.0\.0\.0:[0-9]+", listener.address)
+        async with connect(listener.address.replace("0.0.0.0", "127.0.0.1")), await listener.accept():
+            pass
+
+
+async def test_no_host_is_the_loopback() -> None:
+    async with time_limit(), listen("tcp::0") as listener:
+        assert re.fullmatch(r"tcp:127\.0\.0\.1:[0-9]+", listener.address)
+        async with connect(f"tcp::{listener.address.rpartition(':')[2]}"), await listener.accept():
+            pass
+
+
+@pytest.mark.parametrize("address", ["unix:/tmp/x", "file:/tmp/x", "tls:127.0.0.1:0"])
+async def test_others_have_no_plain(address: str) -> None:
+    with pytest.raises(UsageError, match="has no plain"):
+        async with listen(address, Options(plain=True)):
+            pass
 
 
 async def test_port_0_is_for_listening_only() -> None:
@@ -249,12 +282,13 @@ def test_a_scheme_loads_only_its_own_module() -> None:
         from vfiostream.transports import listen
         def loaded():
             return sorted(name.rpartition(".")[2] for name in sys.modules if name.startswith("vfiostream.transports."))
-        assert loaded() == ["contract", "options"], loaded()
+        assert loaded() == ["contract", "credentials", "options"], loaded()
         async def main():
             async with listen("tcp:127.0.0.1:0"):
                 pass
         anyio.run(main)
-        assert loaded() == ["contract", "options", "polled", "stream", "unsent"], loaded()
+        of_links = ["arrivals", "background", "channel", "channels", "contract", "credentials", "joining"]
+        assert loaded() == [*of_links, "options", "polled", "segments", "stream", "unsent"], loaded()
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True)
 
@@ -263,7 +297,7 @@ def test_a_scheme_loads_only_its_own_module() -> None:
 
 
 async def test_the_address_of_a_listener_has_the_real_port() -> None:
-    async with time_limit(), listen("tcp:127.0.0.1:0") as listener:
+    async with time_limit(), listen("tcp:127.0.0.1:0", SILENT) as listener:
         match = re.fullmatch(r"tcp:127\.0\.0\.1:([0-9]+)", listener.address)
         assert match is not None
         assert int(match[1]) > 0
@@ -275,14 +309,14 @@ async def test_the_address_of_a_listener_has_the_real_port() -> None:
 
 @pytest.mark.skipif(not has_ipv6(), reason="this host has no IPv6")
 async def test_the_address_of_an_ipv6_listener_can_be_connected_to() -> None:
-    async with time_limit(), listen("tcp:[::1]:0") as listener:
+    async with time_limit(), listen("tcp:[::1]:0", SILENT) as listener:
         assert re.fullmatch(r"tcp:\[::1\]:[0-9]+", listener.address)
         async with connect(listener.address), await listener.accept() as receiver:
             assert receiver.address.startswith("tcp:[::1]:")
 
 
 async def test_every_address_of_a_host_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with time_limit(), listen("tcp:127.0.0.1:0") as listener:
+    async with time_limit(), listen("tcp:127.0.0.1:0", SILENT) as listener:
         port = int(listener.address.rpartition(":")[2])
 
         async def two_addresses(*_: object, **__: object) -> list[Any]:
@@ -314,7 +348,7 @@ async def test_a_port_that_is_taken() -> None:
 async def test_a_port_can_be_listened_on_again_at_once() -> None:
     """The connection that was closed here first stays in TIME_WAIT, which must not keep the port."""
     async with time_limit():
-        async with listen("tcp:127.0.0.1:0") as listener:
+        async with listen("tcp:127.0.0.1:0", SILENT) as listener:
             address = listener.address
             async with connect(address) as sender, await listener.accept() as receiver:
                 await receiver.aclose()
@@ -361,7 +395,7 @@ async def test_a_listener_is_closed_while_it_waits() -> None:
 
 @pytest.mark.parametrize("scheme", ["tcp", "unix"])
 async def test_a_cancelled_accept_leaves_the_sender_to_the_next(scheme: str, tmp_path: Path) -> None:
-    async with time_limit(), listen("tcp:127.0.0.1:0" if scheme == "tcp" else f"unix:{tmp_path}/x") as listener:
+    async with time_limit(), listen("tcp:127.0.0.1:0" if scheme == "tcp" else f"unix:{tmp_path}/x", SILENT) as listener:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(listener.accept)
             await anyio.wait_all_tasks_blocked()
@@ -372,7 +406,7 @@ async def test_a_cancelled_accept_leaves_the_sender_to_the_next(scheme: str, tmp
 
 
 async def test_accepted_ones_outlive_the_listener(tmp_path: Path) -> None:
-    async with time_limit(), listen(f"unix:{tmp_path}/x") as listener, connect(listener.address) as sender:
+    async with time_limit(), listen(f"unix:{tmp_path}/x", SILENT) as listener, connect(listener.address) as sender:
         async with await listener.accept() as receiver:
             await listener.aclose()
             assert not (tmp_path / "x").exists()
@@ -389,7 +423,7 @@ async def test_a_stale_unix_socket_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "x"
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
-    async with time_limit(), listen(f"unix:{path}") as listener:
+    async with time_limit(), listen(f"unix:{path}", SILENT) as listener:
         async with connect(f"unix:{path}"), await listener.accept():
             pass
     assert not path.exists()
@@ -397,7 +431,7 @@ async def test_a_stale_unix_socket_is_replaced(tmp_path: Path) -> None:
 
 async def test_a_live_unix_socket_is_left_alone_and_hears_nothing(tmp_path: Path) -> None:
     path = tmp_path / "x"
-    async with time_limit(), listen(f"unix:{path}") as listener:
+    async with time_limit(), listen(f"unix:{path}", SILENT) as listener:
         with pytest.raises(TransportError, match="belongs to a program that runs"):
             async with listen(f"unix:{path}"):
                 pass

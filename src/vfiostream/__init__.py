@@ -18,15 +18,19 @@ from vfiostream.pipeline.settings import Settings
 from vfiostream.policy import Precopy
 from vfiostream.transports import connect, listen
 from vfiostream.transports.contract import Listener, Transport
+from vfiostream.transports.credentials import Credentials
+from vfiostream.transports.options import Options
 from vfiostream.version import __version__
 
 __all__ = [
     "Bandwidth",
+    "Credentials",
     "DescribedDevice",
     "Device",
     "Guest",
     "GuestRange",
     "Listener",
+    "Options",
     "Precopy",
     "Progress",
     "Recording",

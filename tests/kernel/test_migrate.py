@@ -256,7 +256,7 @@ def test_through_tcp_between_two_hosts(
     for name in ("here", "there"):
         (tmp_path / name).write_bytes(os.urandom(GUEST) if name == "here" else bytes(GUEST))
     memory = [f"--guest-memory={IOVA:#x}={tmp_path / name}" for name in ("here", "there")]
-    receive = [*there, str(SCRIPT), "receive", f"tcp:{host}:0", target, memory[1]]
+    receive = [*there, str(SCRIPT), "receive", "--plain", f"tcp:{host}:0", target, memory[1]]
     with subprocess.Popen(receive, stdout=subprocess.PIPE, text=True) as receiver:
         assert receiver.stdout is not None
         port = receiver.stdout.readline().removeprefix("listening on ").strip()

@@ -26,6 +26,7 @@ from vfiostream.cli.values import option_type, parse_limit, printable, show_rate
 from vfiostream.errors import ConnectionLost, StreamError, TransportError, UsageError
 from vfiostream.pipeline.bandwidth import Bandwidth
 from vfiostream.transports.contract import Listener, Transport
+from vfiostream.transports.options import Options
 
 logger = logging.getLogger("vfiostream.control")
 
@@ -106,7 +107,10 @@ class Server:
 
     async def serve(self, path: str, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """A task: answer at ``path`` until it is cancelled."""
-        async with transports.listen(f"unix:{path}") as listener, anyio.create_task_group() as tasks:
+        async with (
+            transports.listen(f"unix:{path}", Options(silent=True)) as listener,
+            anyio.create_task_group() as tasks,
+        ):
             task_status.started()
             while True:
                 link = await _accepted(listener)

@@ -28,6 +28,7 @@ from vfiostream.transports.options import Options
 @options.policy
 @options.settings("bandwidth", "chunk", "budget", "patience", compression=0)
 @options.link(listens=False)
+@options.channels
 @options.order
 @options.device_timeout
 @options.recordings
@@ -106,7 +107,8 @@ def receive(
         await answer_at(run, control)
         with Guest.open(memory) as guest:
             async with await open_device(device, timeout=device_timeout, recording=recording) as opened:
-                async with transports.listen(source, replace(link, refused=run.report.refused)) as listener:
+                options_here = replace(link, refused=run.report.refused, memory=options.memory_of_link(settings))
+                async with transports.listen(source, options_here) as listener:
                     run.report.listening(listener.address)
                     async with await listener.accept() as transport:
                         await listener.aclose()  # One sender is served.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from vfiostream.pipeline.budget import Budget
 from vfiostream.pipeline.settings import Settings
 from vfiostream.policy import Precopy
 from vfiostream.transports.credentials import Credentials
-from vfiostream.transports.options import Options
+from vfiostream.transports.options import MAX_CHANNELS, MIN_MEMORY, Options
 
 Command = Callable[..., Any]
 Decorator = Callable[[Command], Command]
@@ -293,6 +294,28 @@ def link(*, listens: bool) -> Decorator:
         return wrapped
 
     return decorate
+
+
+def channels(command: Command) -> Command:
+    """``--channels``, in ``link``; needs ``settings`` for the memory of a link."""
+
+    @click.option(
+        "--channels", type=click.IntRange(1, MAX_CHANNELS), metavar="N", default=1, show_default=True,
+        help="Connections that the link is made of.",
+    )  # fmt: skip
+    @functools.wraps(command)
+    def wrapped(*, channels: int, link: Options, settings: Settings, **rest: Any) -> Any:
+        link = replace(link, channels=channels, memory=memory_of_link(settings))
+        if channels > 1:
+            Budget(settings.budget - link.memory, settings.chunk)  # Refuses what has no room.
+        return command(link=link, settings=settings, **rest)
+
+    return wrapped
+
+
+def memory_of_link(settings: Settings) -> int:
+    """What a link may have of the byte budget where it needs memory."""
+    return max(settings.budget // 4, MIN_MEMORY)
 
 
 def order(command: Command) -> Command:

@@ -1,4 +1,8 @@
+<<<<<<< HEAD
 """Transports by address, ``tcp:HOST:PORT`` for example: ours, and those that other distributions bring.
+=======
+"""Transports by address: ``tcp:HOST:PORT``, ``tls:HOST:PORT``, ``quic:HOST:PORT``, ``unix:PATH``, ``file:PATH``.
+>>>>>>> b35847336fc334ff825d1072c117648bb2ad0086
 
 The module of a scheme is imported when an address names it, so nobody pays for a transport he does not use. Such a
 module has ``connect(address, options)`` and ``listen(address, options)``, both async context managers, which get the
@@ -19,6 +23,7 @@ from vfiostream.transports.options import Options
 _SCHEMES = {
     "tcp": ("tcp:HOST:PORT", "vfiostream.transports.stream"),
     "tls": ("tls:HOST:PORT", "vfiostream.transports.tls"),
+    "quic": ("quic:HOST:PORT", "vfiostream.transports.quic"),
     "unix": ("unix:PATH", "vfiostream.transports.stream"),
     "file": ("file:PATH", "vfiostream.transports.file"),
     "exec": ("exec:COMMAND", "vfiostream.transports.program"),

@@ -8,10 +8,15 @@ from dataclasses import dataclass, fields
 from vfiostream.errors import TransportError, UsageError
 from vfiostream.transports.credentials import Credentials
 
+MAX_CHANNELS = 64
+"""Channels of a link."""
+MIN_MEMORY = 1 << 20
+"""Bytes that a link of several channels, or one that reconnects, needs at least."""
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Each has a default that asks for nothing."""
+    """Each has a default that asks for nothing. Raises :class:`~vfiostream.errors.UsageError` for what can't be."""
 
     replace: bool = False
     """A file that exists may be replaced when the new one is finished."""
@@ -33,6 +38,23 @@ class Options:
     refused: Callable[[TransportError], None] | None = None
     """A listener calls it for each peer that it did not believe; it must not raise. They are logged in any case."""
 
+    channels: int = 1
+    """Connections that the link is made of, 1 to :data:`MAX_CHANNELS`. Who connects says it; who listens follows."""
+
+    memory: int = 16 << 20
+    """Bytes that such a link may hold at this end: what a channel has still to take. At least :data:`MIN_MEMORY`."""
+
+    silent: bool = False
+    """Who listens takes whoever connects at once, as a link of one connection, though he may wait for us to speak
+    first. Without it a sender is taken once his first bytes have come, which say what the link is made of.
+    """
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.channels <= MAX_CHANNELS:
+            raise UsageError(f"a link of {self.channels} channels can't be: 1 to {MAX_CHANNELS} can")
+        if self.memory < MIN_MEMORY:
+            raise UsageError(f"a link can't do with {self.memory} bytes of memory: give it {MIN_MEMORY} or more")
+
     def only(self, address: str, *names: str) -> None:
         """Raise :class:`~vfiostream.errors.UsageError` where something is asked for that is not among ``names``: what a
         scheme does not know must not be ignored.
@@ -43,5 +65,8 @@ class Options:
                 "write file:PATH, or exec:COMMAND for a program that keeps it"
             )
         for field in fields(self):
-            if field.name not in ("timeout", "refused", *names) and getattr(self, field.name) != field.default:
+            if (
+                field.name not in ("timeout", "refused", "memory", *names)
+                and getattr(self, field.name) != field.default
+            ):
                 raise UsageError(f"{address}: such an address has no {field.name}; leave that away")

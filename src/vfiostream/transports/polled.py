@@ -57,6 +57,8 @@ class PolledTransport(Transport):
         self._finished = False
         self._lost = False
         self._closed = False
+        self._ahead: memoryview | None = None
+        """What was read to see what comes, and is to be read again."""
 
     # ---- steps
 
@@ -96,6 +98,8 @@ class PolledTransport(Transport):
     def take(self, into: Sequence[memoryview]) -> int | None:
         """Fill ``into`` with what is there, as ``receive`` does, but return None where nothing is."""
         self._check_open()
+        if self._ahead is not None:
+            return self._take_ahead(self._ahead, into[0])
         if len(into) > IOV_MAX:
             into = into[:IOV_MAX]
         try:
@@ -110,6 +114,17 @@ class PolledTransport(Transport):
         if count == 0 and self._lost:
             raise ConnectionLost(self._lost_text())
         return count
+
+    def _take_ahead(self, ahead: memoryview, into: memoryview) -> int:
+        count = min(len(ahead), len(into))
+        into[:count] = ahead[:count]
+        self._ahead = ahead[count:] if count < len(ahead) else None
+        return count
+
+    def put_back(self, data: bytes) -> None:
+        """Have ``data``, which :meth:`take` gave last, come once more."""
+        assert self._ahead is None
+        self._ahead = memoryview(data) if data else None
 
     async def more(self, least: int = 1) -> None:
         """Wait until :meth:`take` may find something; better when ``least`` bytes are there."""

@@ -22,13 +22,15 @@ import anyio.lowlevel
 
 from vfiostream.buffers import Buffer
 from vfiostream.errors import TransportError, UsageError
+from vfiostream.transports.arrivals import arrivals
 from vfiostream.transports.contract import Listener, Transport
-from vfiostream.transports.options import Options
+from vfiostream.transports.joining import joined
+from vfiostream.transports.options import MAX_CHANNELS, Options
 from vfiostream.transports.polled import PolledTransport
 
 logger = logging.getLogger("vfiostream.transport")
 
-OPTIONS = frozenset({"plain"})
+OPTIONS = frozenset({"plain", "channels", "silent"})
 
 KEEPALIVE_IDLE = 10
 """Seconds without a sign of life after which the kernel asks the peer for one."""
@@ -42,8 +44,8 @@ WAKE_AT = 1024 * 1024
 sender goes on meanwhile.
 """
 
-BACKLOG = 8
-"""Senders that may wait to be accepted; one is served at a time."""
+BACKLOG = 2 * MAX_CHANNELS
+"""Connections that may wait to be accepted."""
 
 UNIX_SEND_BUFFER = 2 << 20
 """Bytes that may wait on a UNIX socket; Linux allows ``net.core.wmem_max`` at most, without a word. With its default of
@@ -154,18 +156,12 @@ class SocketListener(Listener):
 @asynccontextmanager
 async def connect(address: str, options: Options) -> AsyncIterator[Transport]:
     """Connect to whoever listens at ``address``; of a host with several addresses, the first that answers."""
-    try:
-        with anyio.fail_after(options.timeout):
-            sock = await connect_socket(address)
-    except TimeoutError as error:
-        raise no_answer(address, options) from error
-    async with SocketTransport(sock, address) as transport:
-        yield transport
 
+    async def dial() -> PolledTransport:
+        return SocketTransport(await connect_socket(address), address)
 
-def no_answer(address: str, options: Options) -> TransportError:
-    """What to raise where ``options.timeout`` is over."""
-    return TransportError(f"{address}: nobody answered within {options.timeout:g} s; check the address and the network")
+    async with joined(address, options, dial) as link:
+        yield link
 
 
 async def connect_socket(address: str) -> socket.socket:
@@ -217,8 +213,8 @@ async def listen(address: str, options: Options) -> AsyncIterator[Listener]:
     everybody may: so it has to be one of the loopback, unless ``options.plain`` says that the network is trusted.
     """
     if address.startswith("unix:"):
-        options.only(address)
-    async with await listen_socket(address, trusted=options.plain) as listener:
+        options.only(address, "channels", "silent")
+    async with arrivals(await listen_socket(address, trusted=options.plain), options) as listener:
         yield listener
 
 

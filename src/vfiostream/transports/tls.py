@@ -27,24 +27,27 @@ from OpenSSL import SSL
 from vfiostream.buffers import Buffer
 from vfiostream.errors import ConnectionLost, PeerRefused, TransportError, UsageError
 from vfiostream.transports import stream
+from vfiostream.transports.arrivals import arrivals
 from vfiostream.transports.background import Background, background
 from vfiostream.transports.contract import Listener, Transport
 from vfiostream.transports.credentials import Credentials, required
-from vfiostream.transports.options import Options
+from vfiostream.transports.joining import joined
+from vfiostream.transports.options import MAX_CHANNELS, Options
+from vfiostream.transports.polled import PolledTransport
 from vfiostream.transports.stream import WAKE_AT, SocketListener, SocketTransport
 from vfiostream.transports.tls_trust import GREETING, REFUSED_BY_US, Judge, Trouble, context_of, is_ip, reason_of
 
 logger = logging.getLogger("vfiostream.transport")
 
-OPTIONS = frozenset({"credentials"})
+OPTIONS = frozenset({"credentials", "channels", "silent"})
 
 HANDSHAKE_TIMEOUT = 10.0
 """Seconds that a handshake may take."""
-STRANGERS = 32
+STRANGERS = 2 * MAX_CHANNELS
 """Handshakes that a listener carries on at a time; a further one takes the place of the oldest, so that those who
 connect and say nothing can't keep the right sender out.
 """
-WAITING = 64
+WAITING = 2 * MAX_CHANNELS
 """Believed senders that may wait to be accepted."""
 RECORD = 16384
 """Bytes of content in a record at most (RFC 8446, 5.1)."""
@@ -344,14 +347,13 @@ async def connect(address: str, options: Options) -> AsyncIterator[Transport]:
     credentials = required(options.credentials, address)
     context = context_of(credentials)
     host, _ = stream.host_and_port(address)
-    try:
-        with anyio.fail_after(options.timeout):
-            sock = await stream.connect_socket(address)
-            transport = await _handshake(sock, context, credentials, address, host=host)
-    except TimeoutError as error:
-        raise stream.no_answer(address, options) from error
-    async with transport:
-        yield transport
+
+    async def dial() -> PolledTransport:
+        sock = await stream.connect_socket(address)
+        return await _handshake(sock, context, credentials, address, host=host)
+
+    async with joined(address, options, dial) as link:
+        yield link
 
 
 @asynccontextmanager
@@ -362,8 +364,8 @@ async def listen(address: str, options: Options) -> AsyncIterator[Listener]:
     async with await stream.listen_socket(address, trusted=True) as sockets:
         listener = TlsListener(sockets, context, credentials, options)
         try:
-            async with background() as tasks, listener:
+            async with background() as tasks, arrivals(listener, options) as senders:
                 tasks.start_soon(listener.greet, tasks)
-                yield listener
+                yield senders
         finally:
             listener.discard()

@@ -42,7 +42,12 @@ class Judge:
         if not ok and self._flaw is None:
             self._flaw = flaw
         if depth:
-            return True  # What is wrong with a CA means nothing where the peer's own certificate is pinned.
+            # What is wrong with a CA means nothing where the peer's own certificate is pinned. Where none is, the peer
+            # is told OpenSSL's reason.
+            if ok or self._credentials.peer_fingerprints:
+                return True
+            self.problem = self._no_chain()
+            return False
         problem = self._objection(shown.to_cryptography(), flaw)
         self.believed = problem is None
         if problem is not None:
@@ -69,15 +74,19 @@ class Judge:
                 "certificate that end shows, and pin the right one (--peer-fingerprint)"
             )
         if self._flaw is not None:
-            return (
-                f"the CA in {self._credentials.ca} does not vouch for the other end's certificate "
-                f"({_words(self._flaw)}); give both ends certificates of one CA"
-            )
+            return self._no_chain()
         if self._name is None or _is_for(certificate, self._name):
             return None
         return (
             f"the other end's certificate is for {_names(certificate)}, not for {self._name}; say --peer-name if "
             "that is the right one, or give that end another one"
+        )
+
+    def _no_chain(self) -> str:
+        assert self._flaw is not None
+        return (
+            f"the CA in {self._credentials.ca} does not vouch for the other end's certificate "
+            f"({_words(self._flaw)}); give both ends certificates of one CA"
         )
 
 
