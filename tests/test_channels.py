@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.transport_contract import LinkContract
+from vfiostream.testing import LinkContract
 from vfiostream.transports import connect, listen, stream
 from vfiostream.transports.contract import Transport
 from vfiostream.transports.options import Options

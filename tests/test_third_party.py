@@ -142,7 +142,7 @@ def documented(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def test_the_documents_transport_passes_the_suite(documented: dict[str, str]) -> None:
     tested = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error", "--rootdir=.", "test_abstract.py"],
+        [sys.executable, "-m", "pytest", "-q", "-W", "error", "--rootdir=.", "test_abstract.py"],
         cwd=documented["PYTHONPATH"], env=documented, capture_output=True, timeout=120, check=False,
     )  # fmt: skip
     assert tested.returncode == 0, tested.stdout.decode()

@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """Transports by address, ``tcp:HOST:PORT`` for example: ours, and those that other distributions bring.
-=======
-"""Transports by address: ``tcp:HOST:PORT``, ``tls:HOST:PORT``, ``quic:HOST:PORT``, ``unix:PATH``, ``file:PATH``.
->>>>>>> b35847336fc334ff825d1072c117648bb2ad0086
 
 The module of a scheme is imported when an address names it, so nobody pays for a transport he does not use. Such a
 module has ``connect(address, options)`` and ``listen(address, options)``, both async context managers, which get the
