@@ -83,8 +83,8 @@ def vfiostream() -> None:
     """Move the state of a VFIO device between hosts while it runs, or into a file and back.
 
     DEVICE is vfio-user:SOCKET, vfio: and a device of the kernel's, which `devices` lists, or replay:FILE. DESTINATION
-    and SOURCE are tls:HOST:PORT, tcp:HOST:PORT or unix:PATH; a checkpoint is file:PATH. Sizes and rates take KiB, MiB
-    and GiB, times ms and s.
+    and SOURCE are tls:HOST:PORT, tcp:HOST:PORT or unix:PATH; a checkpoint is file:PATH; and each of them exec:COMMAND
+    or stdio:. Sizes and rates take KiB, MiB and GiB, times ms and s.
 
     Exit codes: 0 done; 1 failed, the source runs; 2 usage; 4 verification failed; 5 not compatible; 6 did not
     converge or was cancelled, the source runs; 7 outcome unknown after the switchover; 8 a driver breaks a rule.

@@ -58,8 +58,9 @@ def save(
 ) -> Exit:
     """Write a checkpoint of DEVICE, which runs on.
 
-    DEVICE is vfio-user:SOCKET, vfio:NAME or replay:FILE, and FILE is file:PATH. The device is stopped only while the
-    last of its state is read. The file has its name only when it is whole and durable.
+    DEVICE is vfio-user:SOCKET, vfio:NAME or replay:FILE, and FILE is file:PATH, exec:COMMAND for a program that keeps
+    its input, or stdio: or fd:N for a pipe. The device is stopped only while the last of its state is read. A file has
+    its name only when it is whole and durable; a program has to end with status 0.
     """
 
     wanted = Options(replace=force, answers=False)
@@ -102,8 +103,9 @@ def restore(
 ) -> Exit:
     """Load a checkpoint into DEVICE, and let it run.
 
-    FILE is file:PATH, and DEVICE vfio-user:SOCKET, vfio:NAME or replay:FILE. The guest memory must have the ranges of
-    the checkpoint. The device runs only when the whole file has been loaded and checked.
+    FILE is file:PATH, exec:COMMAND for a program that gives it, or stdio: or fd:N for a pipe, and DEVICE
+    vfio-user:SOCKET, vfio:NAME or replay:FILE. The guest memory must have the ranges of the checkpoint. The device runs
+    only when all of it has been loaded and checked.
     """
 
     transports.check(kept, ONE_WAY)
@@ -148,7 +150,8 @@ def inspect(file: str, output: Output) -> Exit:
 def verify(kept: str, output: Output) -> Exit:
     """Check every byte of a checkpoint.
 
-    FILE is file:PATH. Exit code 4 where anything in it is wrong, with the first record that is.
+    FILE is file:PATH, exec:COMMAND for a program that gives it, or stdio: or fd:N for a pipe. Exit code 4 where
+    anything in it is wrong, with the first record that is.
     """
     transports.check(kept, ONE_WAY)
 
