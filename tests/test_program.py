@@ -30,6 +30,7 @@ from vfiostream.transports.options import Options
 
 pytestmark = pytest.mark.anyio
 ONE_WAY = Options(answers=False)
+SILENT = Options(silent=True)
 RELAY = f"exec {shlex.quote(sys.executable)} -I -S {shlex.quote(str(Path(__file__).with_name('relay.py')))}"
 
 
@@ -50,7 +51,7 @@ class TestLink(ThroughRelay):
     async def pair(self) -> AsyncIterator[tuple[Transport, Transport]]:
         self.links += 1
         path = f"{self.folder}/{self.links}"
-        async with listen(f"unix:{path}") as listener, connect(f"exec:{RELAY} {path}") as sender:
+        async with listen(f"unix:{path}", SILENT) as listener, connect(f"exec:{RELAY} {path}") as sender:
             yield sender, await listener.accept()
 
 
@@ -59,7 +60,7 @@ class TestLinkTheOtherWay(ThroughRelay):
     async def pair(self) -> AsyncIterator[tuple[Transport, Transport]]:
         self.links += 1
         path = f"{self.folder}/{self.links}"
-        async with listen(f"unix:{path}") as listener, listen(f"exec:{RELAY} {path}") as programs:
+        async with listen(f"unix:{path}", SILENT) as listener, listen(f"exec:{RELAY} {path}") as programs:
             receiver = await programs.accept()
             yield await listener.accept(), receiver
 
