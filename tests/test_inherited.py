@@ -273,8 +273,8 @@ async def test_a_listening_socket_is_received_from(family: socket.AddressFamily,
     async with time_limit(), listen(f"fd:{fd}") as listener, AsyncExitStack() as stack:
         for _ in range(2):
             sender = await stack.enter_async_context(connect(where))
-            receiver = await stack.enter_async_context(await listener.accept())
             await send_all(sender, [[b"hello"]])
+            receiver = await stack.enter_async_context(await listener.accept())
             assert await receive_all(receiver) == b"hello"
     assert family == socket.AF_INET or (tmp_path / "x").exists()  # it is not ours to remove
 
@@ -284,7 +284,7 @@ async def test_a_port_that_others_reach_needs_a_trusted_network() -> None:
     port = made.getsockname()[1]
     (fd,) = passed_on(made.detach())
     await refused(f"fd:{fd}", r"it listens at 0\.0\.0\.0, and whoever reaches that could send.*--plain", listen)
-    async with time_limit(), listen(f"fd:{fd}", Options(plain=True)) as listener:
+    async with time_limit(), listen(f"fd:{fd}", Options(plain=True, silent=True)) as listener:
         async with connect(f"tcp:127.0.0.1:{port}"), await listener.accept() as receiver:
             assert receiver.answers
 
@@ -300,7 +300,7 @@ async def test_at_a_path_only_our_own_user_and_root_are_believed(
     users = iter([4711, 0, os.geteuid()])
     # The kernel says who connects; another user can't be had in a test.
     monkeypatch.setattr(inherited, "peer_user", lambda sock: next(users))
-    async with time_limit(), listen(f"fd:{fd}", Options(refused=heard.append)) as listener:
+    async with time_limit(), listen(f"fd:{fd}", Options(refused=heard.append, silent=True)) as listener:
         async with connect(f"unix:{tmp_path}/x") as stranger, connect(f"unix:{tmp_path}/x") as sender:
             async with await listener.accept() as receiver:
                 await sender.send([b"known"])
@@ -393,9 +393,19 @@ async def test_the_socket_of_a_unit(
     port = port_of(fd)
     async with time_limit(), listen(address) as listener, connect(f"tcp:127.0.0.1:{port}") as sender:
         assert listener.address == address
+        await send_all(sender, [[b"hello"]])
         async with await listener.accept() as receiver:
-            await send_all(sender, [[b"hello"]])
             assert await receive_all(receiver) == b"hello"
+
+
+async def test_a_link_of_several_channels_comes_to_a_unit(socket_unit: Callable[..., int]) -> None:
+    port = port_of(socket_unit("a"))
+    async with time_limit(), listen("systemd:a") as listener:
+        async with connect(f"tcp:127.0.0.1:{port}", Options(channels=2)) as sender:
+            async with await listener.accept() as receiver:
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(send_all, sender, [[b"hello"]])
+                    assert await receive_all(receiver) == b"hello"
 
 
 async def test_a_unit_that_accepts_by_itself(socket_unit: Callable[..., int]) -> None:

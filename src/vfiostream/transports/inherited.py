@@ -27,6 +27,7 @@ from typing import NamedTuple
 import anyio.lowlevel
 
 from vfiostream.errors import PeerRefused, TransportError, UsageError
+from vfiostream.transports.arrivals import arrivals
 from vfiostream.transports.contract import Listener, Transport
 from vfiostream.transports.descriptors import DescriptorTransport, socket_of
 from vfiostream.transports.options import Options
@@ -34,7 +35,7 @@ from vfiostream.transports.stream import SocketListener, SocketTransport, tune
 
 logger = logging.getLogger("vfiostream.transport")
 
-OPTIONS = frozenset({"answers", "plain"})
+OPTIONS = frozenset({"answers", "plain", "silent"})
 
 FIRST_PASSED = 3
 """The first descriptor that systemd passes on (sd_listen_fds(3))."""
@@ -256,7 +257,7 @@ async def listen(address: str, options: Options) -> AsyncIterator[Listener]:
     from.
     """
     systemd = address.startswith("systemd:")
-    options.only(address, "plain", *(() if systemd else ("answers",)))
+    options.only(address, "plain", "silent", *(() if systemd else ("answers",)))
     await anyio.lowlevel.checkpoint()
     ends = Ends(*[_passed(address)] * 2) if systemd else parse_ends(address)
     listener: Listener
@@ -265,7 +266,9 @@ async def listen(address: str, options: Options) -> AsyncIterator[Listener]:
     elif ends.reads == ends.writes and _is_listening(address, ends.reads, trusted=options.plain):
         sock = socket.socket(fileno=_take(address, [ends.reads])[ends.reads])
         tune(sock)
-        listener = PassedSocketListener(sock, address, options)
+        async with arrivals(PassedSocketListener(sock, address, options), options) as listener:
+            yield listener
+        return
     else:
         listener = PassedListener(_link(address, ends))
     async with listener:
