@@ -13,9 +13,9 @@ import pytest
 
 from tests.cutting_proxy import Cuts, CuttingProxy
 from tests.movers import SMALL, machines
-from tests.transport_contract import MIB, NOISE, receive_all, receive_exactly, send_all, time_limit
 from vfiostream.errors import ConnectionLost, StreamError, TransportError, UsageError
 from vfiostream.migrate import receive, send
+from vfiostream.testing import MIB, NOISE, receive_all, receive_exactly, send_all, time_limit
 from vfiostream.transports import connect, joining, listen, reconnecting, stream
 from vfiostream.transports.contract import Transport
 from vfiostream.transports.options import Options
