@@ -11,6 +11,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from time import monotonic
 from typing import NamedTuple
 
@@ -140,13 +141,8 @@ class _Caller(Endpoint):
 @asynccontextmanager
 async def connect(address: str, options: Options) -> AsyncIterator[Transport]:
     """Connect to whoever listens at ``address``; each channel is a stream of one connection."""
-    async with _called(address, options) as connection:
-
-        async def dial() -> PolledTransport:
-            return connection.open(WINDOW // options.channels)
-
-        async with joined(address, options, dial) as link:
-            yield link
+    async with joined(address, options, partial(connect_many, address, options)) as link:
+        yield link
 
 
 @asynccontextmanager
