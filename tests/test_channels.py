@@ -16,7 +16,10 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from tests.movers import machines
 from tests.slow_connections import SlowConnection, slow_pair
-from tests.transport_contract import (
+from vfiostream.buffers import Buffer
+from vfiostream.errors import ConnectionLost, StreamError, TransportError, UsageError
+from vfiostream.migrate import receive, send
+from vfiostream.testing import (
     MIB,
     NOISE,
     LinkContract,
@@ -28,9 +31,6 @@ from tests.transport_contract import (
     send_for_ever,
     time_limit,
 )
-from vfiostream.buffers import Buffer
-from vfiostream.errors import ConnectionLost, StreamError, TransportError, UsageError
-from vfiostream.migrate import receive, send
 from vfiostream.transports import arrivals, connect, listen, stream
 from vfiostream.transports.background import background
 from vfiostream.transports.channels import ChannelsTransport

@@ -21,7 +21,9 @@ from tests.movers import machines
 from tests.quic_links import linked, network, options_in
 from tests.test_tls import CASES, Case, waiting
 from tests.test_transports import has_ipv6
-from tests.transport_contract import (
+from vfiostream.errors import ConnectionLost, PeerRefused, TransportError, UsageError
+from vfiostream.migrate import receive, send
+from vfiostream.testing import (
     MIB,
     NOISE,
     LinkContract,
@@ -31,8 +33,6 @@ from tests.transport_contract import (
     send_for_ever,
     time_limit,
 )
-from vfiostream.errors import ConnectionLost, PeerRefused, TransportError, UsageError
-from vfiostream.migrate import receive, send
 from vfiostream.transports import connect, listen, quic, quic_connection, quic_endpoint, quic_listen, tls_trust
 from vfiostream.transports.contract import Transport
 from vfiostream.transports.options import Options

@@ -15,9 +15,9 @@ import pytest
 from tests.certificates import issued, written
 from tests.cutting_proxy import Cuts, CuttingProxy
 from tests.movers import SMALL, machines
-from tests.transport_contract import MIB, NOISE, receive_all, receive_exactly, send_all, send_for_ever, time_limit
 from vfiostream.errors import ConnectionLost, StreamError, TransportError, UsageError
 from vfiostream.migrate import receive, send
+from vfiostream.testing import MIB, NOISE, receive_all, receive_exactly, send_all, send_for_ever, time_limit
 from vfiostream.transports import connect, joining, listen, reconnecting, stream
 from vfiostream.transports.channels import ChannelsTransport
 from vfiostream.transports.contract import Transport

@@ -21,9 +21,9 @@ from cryptography.hazmat.primitives.serialization import BestAvailableEncryption
 from tests.certificates import issued, written
 from tests.movers import Machine, machines
 from tests.test_channels import SmallBuffers
-from tests.transport_contract import MIB, NOISE, LinkContract, receive_exactly, time_limit
 from vfiostream.errors import ConnectionLost, PeerRefused, StreamError, TransportError, UsageError, VfiostreamError
 from vfiostream.migrate import receive, send
+from vfiostream.testing import MIB, NOISE, LinkContract, receive_exactly, time_limit
 from vfiostream.transports import connect, listen, tls, tls_trust
 from vfiostream.transports.contract import Listener, Transport
 from vfiostream.transports.credentials import Credentials

@@ -20,7 +20,8 @@ from typing import Any
 import anyio
 import pytest
 
-from tests.transport_contract import (
+from vfiostream.errors import ConnectionLost, LocalProtocolError, TransportError, UsageError
+from vfiostream.testing import (
     KIB,
     NOISE,
     LinkContract,
@@ -30,7 +31,6 @@ from tests.transport_contract import (
     send_all,
     time_limit,
 )
-from vfiostream.errors import ConnectionLost, LocalProtocolError, TransportError, UsageError
 from vfiostream.transports import blocks, connect, file, listen, write_behind
 from vfiostream.transports.contract import Listener, Transport
 from vfiostream.transports.memory import memory_pair

@@ -51,10 +51,12 @@ def send(
     """Move DEVICE to whoever receives at DESTINATION.
 
     DEVICE is vfio-user:SOCKET, vfio:NAME or replay:FILE, and DESTINATION the tls:, quic: or tcp:HOST:PORT or unix:PATH
-    at which `vfiostream receive` waits. The device runs on here until the target has loaded and checked everything;
-    when this fails, it goes on running here.
+    at which `vfiostream receive` waits, exec:COMMAND for a program that leads there, or what was passed on (fd:N,
+    fd:IN,OUT, stdio:). The device runs on here until the target has loaded and checked everything; when this fails, it
+    goes on running here.
     """
 
+    transports.check(destination, link)
     ((_, recording),) = recordings.of(device)
 
     async def work(run: Run) -> None:
@@ -97,10 +99,13 @@ def receive(
     """Take the device that is sent to SOURCE into DEVICE, and let it run.
 
     SOURCE is the tls:, quic: or tcp:HOST:PORT or unix:PATH to listen at; with port 0 the system chooses one, and it is
-    printed. DEVICE is vfio-user:SOCKET, vfio:NAME or replay:FILE. One sender is served. At tls: it has to show a
-    certificate that is believed; whoever can connect to tcp: can send.
+    printed. Or it is exec:COMMAND for a program that sends, or what was passed on (fd:N, fd:IN,OUT, stdio:,
+    systemd:NAME); with stdio:, what is printed goes to standard error. DEVICE is vfio-user:SOCKET, vfio:NAME or
+    replay:FILE. One sender is served. At tls: and quic: it has to show a certificate that is believed; whoever can
+    connect to tcp: can send.
     """
 
+    transports.check(source, link)
     ((_, recording),) = recordings.of(device)
 
     async def work(run: Run) -> None:

@@ -23,6 +23,11 @@ class Options:
     replace: bool = False
     """A file that exists may be replaced when the new one is finished."""
 
+    answers: bool = True
+    """Whether somebody at the other end is to answer: a link, for ``send`` and ``receive``. If not, one direction is
+    enough, for ``save`` and ``restore``, where a scheme has that; a file never answers.
+    """
+
     timeout: float | None = None
     """Seconds that opening may take; None for as long as the system tries. A limit around the context would end it."""
 
@@ -65,6 +70,11 @@ class Options:
         """Raise :class:`~vfiostream.errors.UsageError` where something is asked for that is not among ``names``: what a
         scheme does not know must not be ignored.
         """
+        if not self.answers and "answers" not in names:
+            raise UsageError(
+                f"{address}: that is a link, which says of no checkpoint that it is kept; use send and receive, or "
+                "write file:PATH, or exec:COMMAND for a program that keeps it"
+            )
         for field in fields(self):
             if (
                 field.name not in ("timeout", "refused", "memory", *names)

@@ -337,8 +337,14 @@ def _socket(family: socket.AddressFamily) -> socket.socket:
     """A non-blocking socket; what ``accept`` makes of a listening one inherits its options (tcp(7)), but not
     that, nor the buffer of a UNIX one: who listens only answers."""
     sock = socket.socket(family, socket.SOCK_STREAM)
+    tune(sock)
+    return sock
+
+
+def tune(sock: socket.socket) -> None:
+    """Make a stream socket what the transports and listeners here take."""
     sock.setblocking(False)
-    if family == socket.AF_UNIX:
+    if sock.family == socket.AF_UNIX:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNIX_SEND_BUFFER)
     else:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -346,7 +352,6 @@ def _socket(family: socket.AddressFamily) -> socket.socket:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)
-    return sock
 
 
 async def _close(sock: socket.socket) -> None:
