@@ -13,7 +13,7 @@ from benchmarks.acceptance import bar0
 from benchmarks.contents import write
 from benchmarks.moving import Backend, End, move, reference_device
 from benchmarks.pairs import Run
-from benchmarks.peers import CIPHER, iperf, limit, openssl, openssl_content
+from benchmarks.peers import CIPHER, iperf, limit, ngtcp2, openssl, openssl_content, plain_quic
 from benchmarks.plan import MIB, CannotRun, Plan
 from benchmarks.row import Row, compare, processor_time
 from vfiostream.transports.certificates import make_pair
@@ -167,6 +167,37 @@ def _on_a_core_each(plan: Plan, address: str, backend: Backend, channels: int) -
     return move(source, replace(source, does="receive", core=1)).run
 
 
+def quic(plan: Plan) -> Iterator[Row]:
+    """Ours has a device at both ends, checks what arrives, and puts it where it belongs; the others throw it away."""
+    plain, found, large = "ngtcp2, server to client", "qh3 alone", "qh3 alone, datagrams of 9000 bytes"
+    with plan.folder() as folder:
+        content, certificates = folder / "content", folder / "certificates"
+        write(content, "random", plan.size)
+        make_pair(certificates, ["127.0.0.1"], days=1)
+        device = End(
+            "send",
+            address="quic:127.0.0.1:0",
+            certificates=str(certificates),
+            memory=plan.size,
+            region=REGIONS[0],
+            settings={"chunk": plan.chunk},
+        )
+        ours = {backend: partial(_ours, replace(device, backend=backend)) for backend in BACKENDS}
+        rounds = plan.rounds(
+            {
+                **ours,
+                found: partial(plain_quic, certificates, plan.size, datagram=0),
+                large: partial(plain_quic, certificates, plan.size, datagram=9000),
+                plain: partial(ngtcp2, content, certificates, plan.size),
+            }
+        )
+    for backend in BACKENDS:
+        path = f"QUIC, device to device, {backend}"
+        yield compare(rounds, backend, found, path=path, must=1.0, note="packets of 1500 bytes, as it finds itself")
+        yield compare(rounds, backend, large, path=path, must=None, note="as ours are on loopback")
+        yield compare(rounds, backend, plain, path=path, must=0.5)
+
+
 def event_loops(plan: Plan) -> Iterator[Row]:
     contestants: dict[str, Callable[[], Run]] = {backend: partial(guest_only, plan, backend) for backend in BACKENDS}
     rounds = plan.rounds(contestants)
@@ -231,6 +262,7 @@ MEASUREMENTS = (
     unix_socket,
     tls,
     channels,
+    quic,
     event_loops,
     own_processes,
     iperf3,

@@ -11,6 +11,7 @@ import shlex
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,8 @@ PACKAGES = {
     "socat": "socat",
     "openssl": "openssl",
     "qemu-system-x86_64": "qemu-system-x86",
+    "gtlsclient": "ngtcp2-client",
+    "gtlsserver": "ngtcp2-server",
     "cp": "coreutils",
     "dd": "coreutils",
     "cc": "gcc and libc6-dev",
@@ -174,6 +177,55 @@ def openssl(content: Path, certificates: Path, size: int) -> Run:
                 server.kill()
 
 
+def plain_quic(certificates: Path, size: int, *, datagram: int) -> Run:
+    """qh3 alone, in datagrams of ``datagram`` bytes; 0 for what it finds the path to carry."""
+    words = [sys.executable, "-m", "benchmarks.plain_quic", str(size), str(datagram), str(certificates)]
+    seen = json.loads(finish(words))
+    return Run(size, seen["seconds"], seen["sender_cpu"], seen["receiver_cpu"])
+
+
+def ngtcp2(content: Path, certificates: Path, size: int) -> Run:
+    """ngtcp2's server to its client, both of C: a file in memory to nowhere, from the start of the client to its end.
+    CPU time of the sender is not known, of the receiver all that it did.
+    """
+    port = free_port(socket.SOCK_DGRAM)
+    serve = [
+        program("gtlsserver"),
+        "--quiet",
+        f"--htdocs={content.parent}",
+        "127.0.0.1",
+        str(port),
+        str(certificates / "target.key"),
+        str(certificates / "target.pem"),
+    ]
+    connect = [
+        program("gtlsclient"),
+        "--quiet",
+        "--exit-on-all-streams-close",
+        "127.0.0.1",
+        str(port),
+        f"https://localhost/{content.name}",
+    ]
+    with TemporaryFile() as said, subprocess.Popen(serve, stdout=subprocess.DEVNULL, stderr=said) as server:
+        try:
+            _wait_for_udp(port)
+            began = monotonic()
+            client = subprocess.Popen(connect, stdout=subprocess.DEVNULL, stderr=said)
+            receiving = _ended(client, said)
+            return Run(size, monotonic() - began, receiver_cpu=receiving)
+        finally:
+            server.kill()
+
+
+def _wait_for_udp(port: int) -> None:
+    """Return when somebody has bound ``port``."""
+    deadline = monotonic() + 10
+    while f"0100007F:{port:04X}" not in Path("/proc/net/udp").read_text():
+        if monotonic() > deadline:
+            raise CannotRun(f"nobody listens at UDP port {port}")
+        sleep(0.01)
+
+
 def _wait_for(port: int) -> None:
     """Return when somebody listens at ``port``."""
     deadline = monotonic() + 10
@@ -248,9 +300,9 @@ def zstd_size(content: Path) -> int:
     return size
 
 
-def free_port() -> int:
-    """A TCP port of the loopback that nobody uses now."""
-    with socket.socket() as probe:
+def free_port(kind: int = socket.SOCK_STREAM) -> int:
+    """A port of the loopback that nobody uses now."""
+    with socket.socket(type=kind) as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port

@@ -6,26 +6,17 @@ import json
 import shlex
 import signal
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 
-from tests.cli_programs import Ended, Program, device, digest_and_state, run, set_running
-from vfiostream.cli import main
+from tests.cli_programs import Program, device, digest_and_state, run, set_running
+from tests.test_cli_processes import Call, call, check_fields
 from vfiostream.uapi.four_region import State
 
-Call = Callable[..., Ended]
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Call:
-    def called(*arguments: object) -> Ended:
-        code = main([str(argument) for argument in arguments])
-        return Ended(code, *capsys.readouterr())
-
-    return called
+__all__ = ["call"]  # a fixture
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +48,7 @@ def test_a_pair_is_made_and_works(call: Call, devices: tuple[str, str], tmp_path
     made = call("cert", folder, "--name", "127.0.0.1", "--name", "gpu.example", "--json", "--days", 2)
     assert made.code == 0, made
     [document] = made.events
+    check_fields(document, "summary of cert")
     assert {entry.name: stat.S_IMODE(entry.stat().st_mode) for entry in folder.iterdir()} == {
         "ca.pem": 0o644,
         "source.pem": 0o644,
@@ -168,7 +160,8 @@ def test_programs_learn_of_who_was_refused(devices: tuple[str, str], pairs: Path
         assert error["error"] == "PeerRefused"
         assert error["source"] == "running"
         event = receiver.until(lambda event: event["message_type"] == "refused")
-        assert event == {"message_type": "refused", "error": "PeerRefused", "message": event["message"]}
+        check_fields(event, "refused")
+        assert event["error"] == "PeerRefused"
         assert "is not pinned here" in event["message"]
         assert digest_and_state(source) == before
         # The right one, which expects a name that is not the host's.

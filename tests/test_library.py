@@ -12,6 +12,7 @@ import pytest
 import vfiostream
 from tests.movers import MIB, SMALL, machines
 from vfiostream.guest import Guest
+from vfiostream.transports.certificates import make_pair
 from vfiostream.transports.memory import memory_pair
 from vfiostream.uapi.four_region import State
 from vfiostream.vendor.device import ReferenceDevice
@@ -32,7 +33,9 @@ def block(name: str) -> dict[str, Any]:
 def test_every_block_is_run_here() -> None:
     blocks = re.findall(r"```python\n# (\w+)\n", TEXT)
     assert len(blocks) == TEXT.count("```python")
-    assert set(blocks) == {"source", "target", "guest", "vmm", "check", "checkpoint", "watching", "limits", "record"}
+    assert set(blocks) == {
+        "source", "target", "encrypted", "guest", "vmm", "check", "checkpoint", "watching", "limits", "record",
+    }  # fmt: skip
 
 
 async def test_a_migration(tmp_path: Path) -> None:
@@ -56,6 +59,24 @@ async def test_a_migration(tmp_path: Path) -> None:
     finally:
         for driver in drivers:
             driver.close()
+
+
+async def test_an_encrypted_migration(tmp_path: Path) -> None:
+    pair = tmp_path / "pair"
+    make_pair(pair, ["127.0.0.1"], days=1)
+    target_credentials = vfiostream.Credentials(pair / "target.pem", pair / "target.key", pair / "ca.pem")
+    async with machines() as (source, target):
+
+        async def take(listener: vfiostream.Listener) -> None:
+            async with await listener.accept() as link:
+                await vfiostream.receive(target.device, link)
+
+        options = vfiostream.Options(credentials=target_credentials)
+        with anyio.fail_after(30):
+            async with vfiostream.listen("tls:127.0.0.1:0", options) as listener, anyio.create_task_group() as tasks:
+                tasks.start_soon(take, listener)
+                await block("encrypted")["migrate_encrypted"](source.device, listener.address, pair)
+        assert (source.digest, target.state) == (target.digest, State.RUNNING)
 
 
 async def test_limits() -> None:

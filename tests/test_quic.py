@@ -20,6 +20,7 @@ from tests.certificates import issued, written
 from tests.movers import machines
 from tests.quic_links import linked, network, options_in
 from tests.test_tls import CASES, Case, waiting
+from tests.test_transports import has_ipv6
 from tests.transport_contract import (
     MIB,
     NOISE,
@@ -91,7 +92,7 @@ async def test_nobody_is_connected_to_without_credentials() -> None:
 
 async def test_nobody_listens(options: Options) -> None:
     async with time_limit():
-        with pytest.raises(TransportError, match="nobody listens there"):
+        with pytest.raises(TransportError, match="nobody listens there; start"):
             async with connect(f"quic:127.0.0.1:{free_port()}", options):
                 pass
 
@@ -187,9 +188,9 @@ async def test_what_is_no_quic_disturbs_nobody(options: Options) -> None:
             changed[random.randrange(len(real))] = random.randrange(256)
         foreign.append(bytes(changed))
     received = bytearray()
-    async with time_limit(), listen("quic:127.0.0.1:0", options) as listener, network(listener.address) as between:
-        target = ("127.0.0.1", int(listener.address.rpartition(":")[2]))
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        async with time_limit(), listen("quic:127.0.0.1:0", options) as listener, network(listener.address) as between:
+            target = ("127.0.0.1", int(listener.address.rpartition(":")[2]))
             for data in foreign:
                 sock.sendto(data, target)
 
@@ -211,6 +212,39 @@ async def test_what_is_no_quic_disturbs_nobody(options: Options) -> None:
 # ---- ways that change, lose, and end
 
 
+async def test_the_answer_comes_from_the_address_that_was_asked(options: Options) -> None:
+    """A host with several addresses listens at all of them."""
+    async with time_limit(), listen("quic:0.0.0.0:0", options) as listener:
+        port = listener.address.rpartition(":")[2]
+        credentials = replace(options.credentials, peer_name="localhost")  # type: ignore[type-var]
+        for host in ("127.0.0.1", "127.0.0.2"):
+            async with connect(f"quic:{host}:{port}", Options(credentials=credentials)) as sender:
+                async with await listener.accept() as receiver:
+                    await send_all(sender, [[b"there?"]])
+                    assert await receive_all(receiver) == b"there?"
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this host has no IPv6")
+@pytest.mark.parametrize("address", ["quic:[::1]:0", "quic:[::]:0"])
+async def test_ipv6(address: str, options: Options) -> None:
+    async with time_limit(), listen(address, options) as listener:
+        port = listener.address.rpartition(":")[2]
+        async with connect(f"quic:[::1]:{port}", options) as sender, await listener.accept() as receiver:
+            await send_all(sender, [[NOISE[:100_000]]])
+            assert await receive_all(receiver) == NOISE[:100_000]
+
+
+async def test_certificates_that_are_pinned(tmp_path: Path) -> None:
+    source, target = issued("source", ca=1), issued("target", ca=2)
+    here = written(tmp_path, source, None, peer_fingerprints=(target.fingerprint,))
+    there = written(tmp_path, target, None, peer_fingerprints=(source.fingerprint,))
+    async with time_limit(), listen("quic:127.0.0.1:0", Options(credentials=there)) as listener:
+        async with connect(listener.address, Options(credentials=here)) as sender:
+            async with await listener.accept() as receiver:
+                await send_all(sender, [[b"it is us"]])
+                assert await receive_all(receiver) == b"it is us"
+
+
 async def test_lost_datagrams_are_sent_again(options: Options) -> None:
     received = bytearray()
     async with time_limit(), listen("quic:127.0.0.1:0", options) as listener, network(listener.address) as between:
@@ -220,6 +254,28 @@ async def test_lost_datagrams_are_sent_again(options: Options) -> None:
                 tasks.start_soon(send_all, sender, [[NOISE]])
                 received += await receive_all(receiver)
     assert received == NOISE
+
+
+async def test_keys_are_changed_on_the_way(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = 0
+    change = QuicConnection.request_key_update
+
+    def counted(quic: QuicConnection) -> None:
+        nonlocal changes
+        change(quic)
+        changes += 1
+
+    monkeypatch.setattr(QuicConnection, "request_key_update", counted)
+    monkeypatch.setattr(quic_connection, "KEY_LASTS", 50)
+    received = bytearray()
+    async with time_limit(), listen("quic:127.0.0.1:0", options) as listener, network(listener.address) as between:
+        between.passes = lambda _: between.count % 50 != 0
+        async with connect(between.address, options) as sender, await listener.accept() as receiver:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(send_all, sender, [[NOISE], [NOISE]])
+                received += await receive_all(receiver)
+    assert received == NOISE * 2
+    assert changes > 3
 
 
 async def test_a_way_that_carries_small_datagrams_only(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,13 +339,17 @@ def callers(monkeypatch: pytest.MonkeyPatch) -> list[quic._Caller]:
     return made
 
 
+def move(caller: quic._Caller) -> None:
+    caller.move(quic._connected(caller.udp.sock.family, caller.udp.sock.getpeername()))
+
+
 async def test_a_device_moves_while_its_host_changes_address(options: Options, callers: list[quic._Caller]) -> None:
     async with time_limit(), machines() as (here, there):
         before = here.digest
         async with listen("quic:127.0.0.1:0", options) as listener, connect(listener.address, options) as link:
             async with anyio.create_task_group() as tasks, await listener.accept() as receiver:
                 tasks.start_soon(receive, there.device, receiver)
-                callers[-1].move()
+                move(callers[-1])
                 await send(here.device, link)
         assert there.digest == before
 
@@ -301,7 +361,7 @@ async def test_the_listener_follows_who_moves(options: Options, callers: list[qu
         for turn in range(caller.MOST_MOVES):
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(sender.send, [NOISE])
-                caller.move()
+                move(caller)
                 seen.add(caller.udp.sock.getsockname())
                 assert await receive_exactly(receiver, len(NOISE)) == NOISE
             await receiver.send([bytes([turn])])
@@ -309,19 +369,59 @@ async def test_the_listener_follows_who_moves(options: Options, callers: list[qu
     assert len(seen) == 1 + caller.MOST_MOVES
 
 
-async def test_who_hears_nothing_looks_for_another_way(options: Options, callers: list[quic._Caller]) -> None:
-    """As if this host had got another address: what is sent from the old one goes nowhere."""
+async def test_who_hears_nothing_and_has_another_address_goes_on_from_there(
+    options: Options, callers: list[quic._Caller], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is sent from the old one goes nowhere."""
     received = bytearray()
+
+    def connected(family: socket.AddressFamily, target: Any) -> socket.socket:
+        sock = socket.socket(family, socket.SOCK_DGRAM)
+        sock.bind((new, 0))
+        sock.connect(target)
+        return sock
+
     async with time_limit(), linked(options) as (sender, receiver):
         [caller] = callers
-        caller.SILENCE = 0.2
-        old = caller.udp
-        old.send = lambda datagrams: None  # type: ignore[method-assign]
+        caller.SILENCE = 0.1
+        old, new = caller.udp, "127.0.0.1"
+        monkeypatch.setattr(quic, "_connected", connected)
+        old.send = lambda datagrams, here=(): looked.set()  # type: ignore[method-assign]
         async with anyio.create_task_group() as tasks:
+            looked = anyio.Event()
             tasks.start_soon(send_all, sender, [[NOISE]])
+            for _ in range(5):  # It sends again and again, and stays, as this host is where it was.
+                await looked.wait()
+                looked = anyio.Event()
+            assert caller.udp is old
+            new = "127.0.0.3"
             received += await receive_all(receiver)
-        assert caller.udp is not old
+        assert caller.udp.sock.getsockname()[0] == new
     assert received == NOISE
+
+
+async def test_a_closed_listener_lets_nobody_in_and_lets_go_who_waits(options: Options) -> None:
+    async with time_limit(), listen("quic:127.0.0.1:0", options) as listener:
+        async with connect(listener.address, options) as first, connect(listener.address, options) as second:
+            receiver = await listener.accept()
+            await listener.aclose()
+            with pytest.raises(TransportError, match="the listener was closed"):
+                await listener.accept()
+            lost = [await is_lost(link) for link in (first, second)]
+            assert sorted(lost) == [False, True]
+            await send_all((first, second)[lost.index(False)], [[b"it lives on"]])
+            assert await receive_all(receiver) == b"it lives on"
+            with pytest.raises(TransportError, match=r"nobody answered"):
+                async with connect(listener.address, replace(options, timeout=0.2)):
+                    pass
+
+
+async def is_lost(link: Transport) -> bool:
+    with anyio.move_on_after(0.5):
+        with pytest.raises(ConnectionLost):
+            await link.receive([memoryview(bytearray(1))])
+        return True
+    return False
 
 
 # ---- bounds

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.serialization import BestAvailableEncryption
 
 from tests.certificates import issued, written
 from tests.movers import Machine, machines
+from tests.test_channels import SmallBuffers
 from tests.transport_contract import MIB, NOISE, LinkContract, receive_exactly, time_limit
 from vfiostream.errors import ConnectionLost, PeerRefused, StreamError, TransportError, UsageError, VfiostreamError
 from vfiostream.migrate import receive, send
@@ -27,6 +28,8 @@ from vfiostream.transports import connect, listen, tls, tls_trust
 from vfiostream.transports.contract import Listener, Transport
 from vfiostream.transports.credentials import Credentials
 from vfiostream.transports.options import Options
+from vfiostream.transports.segments import Preamble
+from vfiostream.transports.stream import SocketListener
 from vfiostream.transports.tls import TlsTransport
 from vfiostream.uapi.four_region import State
 
@@ -34,9 +37,11 @@ pytestmark = pytest.mark.anyio
 
 
 @asynccontextmanager
-async def connected(source: Credentials, target: Credentials) -> AsyncIterator[tuple[Transport, Transport]]:
-    async with listen("tls:127.0.0.1:0", Options(credentials=target, silent=True)) as listener:
-        async with connect(listener.address, Options(credentials=source)) as sender:
+async def connected(
+    source: Credentials, target: Credentials, channels: int = 1
+) -> AsyncIterator[tuple[Transport, Transport]]:
+    async with listen("tls:127.0.0.1:0", Options(credentials=target, silent=channels == 1)) as listener:
+        async with connect(listener.address, Options(credentials=source, channels=channels)) as sender:
             yield sender, await listener.accept()
 
 
@@ -52,6 +57,50 @@ class TestTlsByFingerprint(LinkContract):
             written(self.folder, source, None, peer_fingerprints=(target.fingerprint,)),
             written(self.folder, target, None, peer_fingerprints=(source.fingerprint.upper(),)),
         )
+
+
+class TestTlsThatHoldsLittle(SmallBuffers):
+    """Sockets that take less than a record."""
+
+    def pair(self) -> Any:
+        return connected(written(self.folder, issued("source")), written(self.folder, issued("target")))
+
+    async def test_a_send_cancelled_part_way_tears(self) -> None:
+        """Nobody can read a part of a record."""
+        async with self.link() as (sender, receiver):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(sender.send, [NOISE])
+                await anyio.wait_all_tasks_blocked()
+                tasks.cancel_scope.cancel()
+            for call in (sender.send([b"more"]), sender.finish()):
+                with pytest.raises(TransportError, match="stopped part-way"):
+                    await call
+            await sender.aclose()
+            with pytest.raises(ConnectionLost):
+                await receiver.receive([memoryview(bytearray(1))])
+
+
+class TestFourChannelsOfTls(LinkContract):
+    def pair(self) -> Any:
+        return connected(written(self.folder, issued("source")), written(self.folder, issued("target")), channels=4)
+
+
+async def test_all_channels_show_one_certificate(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Who has a certificate of his own can't take the place of a channel of somebody else's link."""
+    target = written(tmp_path, issued("target"))
+    token = bytes(range(16))
+    async with time_limit(), listen("tls:127.0.0.1:0", Options(credentials=target)) as listener:
+        contexts = [
+            connect(listener.address, Options(credentials=written(tmp_path, issued(name))))
+            for name in ("source", "other")
+        ]
+        async with contexts[0] as one, contexts[1] as other:
+            await one.send([Preamble(token, 0, 2).pack()])
+            await other.send([Preamble(token, 1, 2).pack()])
+            for link in (one, other):
+                with pytest.raises(ConnectionLost):
+                    await link.receive([memoryview(bytearray(1))])
+    assert "contradict each other" in caplog.text
 
 
 # ---- who is believed
@@ -320,7 +369,74 @@ async def test_a_server_who_says_nothing(tmp_path: Path, monkeypatch: pytest.Mon
                 pass
 
 
+# ---- the listener
+
+
+async def test_a_listener_lets_go_of_those_it_has_not_accepted(tmp_path: Path) -> None:
+    source, target = written(tmp_path, issued("source")), written(tmp_path, issued("target"))
+    async with time_limit(), listen("tls:127.0.0.1:0", Options(credentials=target, silent=True)) as listener:
+        host, _, port = listener.address.removeprefix("tls:").rpartition(":")
+        async with (
+            await anyio.connect_tcp(host, int(port)) as stranger,
+            connect(listener.address, Options(credentials=source)) as believed,
+        ):
+            await anyio.wait_all_tasks_blocked()
+            with anyio.CancelScope() as scope:
+                scope.cancel()
+                await listener.aclose()
+            await listener.aclose()
+            with pytest.raises((anyio.EndOfStream, anyio.BrokenResourceError)):
+                await stranger.receive()
+            with pytest.raises(ConnectionLost):
+                await believed.receive([memoryview(bytearray(1))])
+        with pytest.raises(TransportError, match="the listener was closed"):
+            await listener.accept()
+
+
+async def test_a_listener_that_could_not_accept_says_so_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = written(tmp_path, issued("source")), written(tmp_path, issued("target"))
+    real = SocketListener.accept_socket
+    failures = [TransportError("no descriptor is free")]
+
+    async def accept(listener: SocketListener) -> tuple[socket.socket, str]:
+        if failures:
+            raise failures.pop()
+        return await real(listener)
+
+    monkeypatch.setattr(SocketListener, "accept_socket", accept)
+    async with time_limit(), listen("tls:127.0.0.1:0", Options(credentials=target, silent=True)) as listener:
+        with pytest.raises(TransportError, match="no descriptor is free"):
+            await listener.accept()
+        async with connect(listener.address, Options(credentials=source)), await listener.accept():
+            pass
+
+
 # ---- the stream
+
+
+async def test_each_end_says_whom_it_believes(tmp_path: Path) -> None:
+    source, target = written(tmp_path, issued("source")), written(tmp_path, issued("target"))
+    async with time_limit(), connected(source, target) as (sender, receiver), receiver:
+        assert isinstance(sender, TlsTransport)
+        assert isinstance(receiver, TlsTransport)
+        assert (sender.peer, receiver.peer) == (issued("target").fingerprint, issued("source").fingerprint)
+
+
+async def test_the_end_wakes_a_reader_who_waits_for_more(tmp_path: Path) -> None:
+    source, target = written(tmp_path, issued("source")), written(tmp_path, issued("target"))
+    received = []
+
+    async def take(transport: Transport) -> None:
+        received.append(await transport.receive([memoryview(bytearray(MIB))], MIB))
+
+    async with time_limit(), connected(source, target) as (sender, receiver), receiver:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(take, receiver)
+            await anyio.wait_all_tasks_blocked()
+            await sender.finish()
+    assert received == [0]
 
 
 async def test_the_end_of_the_connection_is_not_the_end_of_the_stream(tmp_path: Path) -> None:
@@ -333,6 +449,23 @@ async def test_the_end_of_the_connection_is_not_the_end_of_the_stream(tmp_path: 
         for _ in range(2):
             with pytest.raises(ConnectionLost):
                 await receiver.receive([memoryview(bytearray(1))])
+
+
+async def test_the_last_words_of_who_resets_the_connection_can_be_read(tmp_path: Path) -> None:
+    source, target = written(tmp_path, issued("source")), written(tmp_path, issued("target"))
+    async with time_limit(), connected(source, target) as (sender, receiver):
+        await sender.send([b"unread"])
+        await receiver.send([b"I give up"])
+        await anyio.wait_all_tasks_blocked()
+        await receiver.aclose()
+        for _ in range(2):
+            with pytest.raises(ConnectionLost) as caught:
+                await sender.send([b"more"])
+            assert caught.value.taken == 0
+        assert await receive_exactly(sender, 9) == b"I give up"
+        for _ in range(2):
+            with pytest.raises(ConnectionLost):
+                await sender.receive([memoryview(bytearray(1))])
 
 
 async def test_what_a_full_kernel_holds_up_is_sent_though_nothing_follows(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ COMMANDS = {
     "check": ("vfiostream.cli.check", "Say whether SOURCE can move, and whether it can go into TARGET; moves nothing."),
     "describe": ("vfiostream.cli.check", "Print what another host has to know of DEVICE to check it; for a file."),
     "record": ("vfiostream.cli.record", "Look at what --record wrote."),
-    "cert": ("vfiostream.cli.cert", "Make certificates for both ends of a tls: link."),
+    "cert": ("vfiostream.cli.cert", "Make certificates for both ends of a tls: or quic: link."),
     "devices": ("vfiostream.cli.devices", "List the devices of this host that could move, and what is in the way."),
     "conformance": (
         "vfiostream.cli.conformance",
@@ -81,7 +81,7 @@ def vfiostream() -> None:
     """Move the state of a VFIO device between hosts while it runs, or into a file and back.
 
     DEVICE is vfio-user:SOCKET, vfio: and a device of the kernel's, which `devices` lists, or replay:FILE. DESTINATION
-    and SOURCE are tls:HOST:PORT, tcp:HOST:PORT or unix:PATH; a checkpoint is file:PATH. Sizes and rates take KiB, MiB
+    and SOURCE are tls:, quic: or tcp:HOST:PORT, or unix:PATH; a checkpoint is file:PATH. Sizes and rates take KiB, MiB
     and GiB, times ms and s.
 
     Exit codes: 0 done; 1 failed, the source runs; 2 usage; 4 verification failed; 5 not compatible; 6 did not

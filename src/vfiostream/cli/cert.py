@@ -32,7 +32,7 @@ PORT = 7000
 @click.option("--days", type=int, metavar="N", default=365, show_default=True, help="How long they are valid.")
 @options.answers
 def cert(folder: Path, names: tuple[str, ...], days: int, output: Output) -> Exit:
-    """Make certificates for both ends of a tls: link.
+    """Make certificates for both ends of a tls: or quic: link.
 
     DIR must not be there, or be empty. It gets source.pem and source.key, target.pem and target.key, and ca.pem: the CA
     that signed both, whose key is not kept. Each end needs its own two files and ca.pem. The names are in both

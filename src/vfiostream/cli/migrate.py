@@ -49,7 +49,7 @@ def send(
 ) -> Exit:
     """Move DEVICE to whoever receives at DESTINATION.
 
-    DEVICE is vfio-user:SOCKET, vfio:NAME or replay:FILE, and DESTINATION the tls:HOST:PORT, tcp:HOST:PORT or unix:PATH
+    DEVICE is vfio-user:SOCKET, vfio:NAME or replay:FILE, and DESTINATION the tls:, quic: or tcp:HOST:PORT or unix:PATH
     at which `vfiostream receive` waits. The device runs on here until the target has loaded and checked everything;
     when this fails, it goes on running here.
     """
@@ -94,7 +94,7 @@ def receive(
 ) -> Exit:
     """Take the device that is sent to SOURCE into DEVICE, and let it run.
 
-    SOURCE is the tls:HOST:PORT, tcp:HOST:PORT or unix:PATH to listen at; with port 0 the system chooses one, and it is
+    SOURCE is the tls:, quic: or tcp:HOST:PORT or unix:PATH to listen at; with port 0 the system chooses one, and it is
     printed. DEVICE is vfio-user:SOCKET, vfio:NAME or replay:FILE. One sender is served. At tls: it has to show a
     certificate that is believed; whoever can connect to tcp: can send.
     """

@@ -268,7 +268,7 @@ def link(*, listens: bool) -> Decorator:
             return command(link=Options(credentials=credentials, plain=plain), **rest)
 
         add = [
-            file("--cert", "cert", "Our certificate (PEM), for tls:. `vfiostream cert` makes what both ends need."),
+            file("--cert", "cert", "Our certificate (PEM), for tls: and quic:. `vfiostream cert` makes a pair."),
             file("--key", "key", "The private key of our certificate (PEM)."),
             file("--ca", "ca", "Believe certificates of this CA (PEM) with the name of the other end in them."),
             click.option(

@@ -169,7 +169,10 @@ class Plain(Report):
         _write(f"listening on {printable(address)}")
 
     def refused(self, error: TransportError) -> None:
-        print(f"vfiostream: refused {printable(str(error))}", file=sys.stderr, flush=True)
+        try:
+            print(f"vfiostream: refused {printable(str(error))}", file=sys.stderr, flush=True)
+        except OSError:
+            pass  # Nobody reads that, and the next sender is waited for all the same.
 
     def event(self, document: Mapping[str, Any], line: str) -> None:
         _write(printable(line))

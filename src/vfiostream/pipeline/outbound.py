@@ -46,8 +46,6 @@ WORTH_A_COPY = 0.15e-9
 """Seconds a byte: about twice what copying takes (``docs/performance.md``)."""
 CAUGHT_UP = 2
 """Records in line."""
-_GUEST = 0
-"""Where turns are taken: guest memory, which no device has as its stream."""
 _HEADER_ROOM = 256
 """More than the header of any record that costs credit takes."""
 
@@ -159,7 +157,7 @@ class Outbound:
     # ---- in line
 
     def put(self, record: Record) -> None:
-        """Put a record without content in line. But for a CAPTURE, it stays between what comes before and after it."""
+        """Put a record without content in line."""
         self._append(Outgoing(record))
 
     async def take(self, size: int, *, gives_way: bool = True) -> Lease:
@@ -395,16 +393,10 @@ class Outbound:
 
 
 def _stream(record: Record) -> int | None:
-    """Whose turn it takes; None for what nothing may overtake. What is announced of guest memory comes before more is
-    announced, of whichever range: that is one stream.
+    """The device whose turn it takes; None for what stays in its place. Guest memory does: one task puts it in line,
+    when the devices have had their turns of a round.
     """
-    match record:
-        case Memory() | Capture() | Config() | Pci():
-            return record.stream
-        case Pages() | Bitmap():
-            return _GUEST
-        case _:
-            return None
+    return record.stream if isinstance(record, Memory | Capture | Config | Pci) else None
 
 
 def _is_packed(item: Outgoing) -> bool:

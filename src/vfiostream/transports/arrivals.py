@@ -173,7 +173,11 @@ class _Arrivals(Listener):
         if gathering is None:
             gathering = self._gatherings[preamble.token] = _Gathering(preamble.channels)
             self._tasks.start_soon(self._limit, preamble.token, gathering)
-        if gathering.count != preamble.channels or preamble.number in gathering.channels:
+        if (
+            gathering.count != preamble.channels
+            or preamble.number in gathering.channels
+            or any(connection.peer != other.peer for other in gathering.channels.values())
+        ):
             logger.warning(
                 "%s: the channels from %s contradict each other, and none of them is taken",
                 self.address,

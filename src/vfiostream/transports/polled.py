@@ -50,6 +50,9 @@ class PolledTransport(Transport):
     raise ``OSError``, or an error of ours where they know more.
     """
 
+    peer: str | None = None
+    """SHA-256 of the certificate that the peer has shown, in small hexadecimal digits; None where it shows none."""
+
     def __init__(self, address: str, *, answers: bool = True) -> None:
         self.address = address
         self.answers = answers

@@ -38,7 +38,7 @@ from vfiostream.transports.quic_listen import listen
 from vfiostream.transports.quic_peer import Handshake
 from vfiostream.transports.stream import host_and_port
 from vfiostream.transports.tls_trust import context_of
-from vfiostream.transports.udp import Address, UdpSocket
+from vfiostream.transports.udp import Address, Here, UdpSocket
 
 __all__ = ["OPTIONS", "connect", "connect_many", "listen"]
 
@@ -69,6 +69,8 @@ class _Caller(Endpoint):
 
     MOST_MOVES = 3
     """The library's listener knows four addresses of one connection and no more."""
+    TROUBLE = 0.5
+    """Seconds between looks at the way to the listener, where sending fails."""
     SILENCE = 3.0
     """Seconds without an answer after which the way to the listener is looked at."""
 
@@ -80,29 +82,39 @@ class _Caller(Endpoint):
         self._moves = 0
         self._looked = monotonic()
 
-    def deliver(self, data: bytes, segment: int, address: Address, now: float) -> None:
+    def deliver(self, data: bytes, segment: int, address: Address, here: Here, now: float) -> None:
         self.connection.receive(data, segment, numeric(address), now)
 
     def look(self, now: float) -> None:
         trouble, self.udp.trouble = self.udp.trouble, None
         if trouble is not None and trouble.errno == errno.ECONNREFUSED:
-            self.connection.fail("nobody listens there any more; see the other end")
+            if self.connection.believed:
+                self.connection.fail("nobody listens there any more; see the other end")
+            else:
+                self.connection.fail("nobody listens there; start `vfiostream receive` on it first")
             return
         silent = now - max(self._looked, self.connection.heard) >= self.SILENCE
         if (silent and self.connection.quic.should_wait_for_ack(now)) or (
-            trouble is not None and trouble.errno in (errno.EADDRNOTAVAIL, errno.EINVAL, errno.ENETUNREACH)
+            trouble is not None and now - self._looked >= self.TROUBLE
         ):
             self._looked = now
-            self.move()
+            self._look_for_another_way()
 
-    def move(self) -> None:
-        """Take another socket: this host may have another address by now. The listener follows."""
-        if self._moves == self.MOST_MOVES or not self.connection.believed:
-            return
+    def _look_for_another_way(self) -> None:
         try:
             sock = _connected(self.udp.sock.family, self._target)
         except OSError as error:
             logger.debug("%s: there is no way to it now: %s", self._address, error.strerror)
+            return
+        if sock.getsockname()[0] == self.udp.sock.getsockname()[0]:
+            sock.close()  # This host is where it was.
+        else:
+            self.move(sock)
+
+    def move(self, sock: socket.socket) -> None:
+        """Go on over ``sock``, which is connected to the listener."""
+        if self._moves == self.MOST_MOVES or not self.connection.believed:
+            sock.close()
             return
         self._moves += 1
         old, self.udp = self.udp.sock, UdpSocket(sock)

@@ -28,9 +28,11 @@ from qh3 import QuicConnection, quic_events
 from vfiostream.errors import StreamError, TransportError
 from vfiostream.transports.quic_peer import Handshake
 from vfiostream.transports.quic_stream import LIBRARY_ERRORS, QuicStream
-from vfiostream.transports.udp import Address
+from vfiostream.transports.udp import Address, Here
 
 logger = logging.getLogger("vfiostream.transport")
+# The library warns of each connection that ends.
+logging.getLogger("quic").setLevel(logging.CRITICAL)
 
 WINDOW = 16 << 20
 """Bytes of all streams of a connection that may be under way: what 1 Gbit/s moves in a round trip of 130 ms."""
@@ -42,6 +44,8 @@ PING_EVERY = 10.0
 """Seconds after which whoever connected asks for a sign of life, so that a quiet connection does not count as lost."""
 INTRODUCTION = 10.0
 """Seconds that a listener gives somebody to show who he is."""
+KEY_LASTS = 1 << 22
+"""Packets that are sent under one key: AES-GCM is good for twice as many (RFC 9001, 6.6). The library counts none."""
 LAST_WORDS = 1.0
 """Seconds that an alert may wait before the connection is closed without."""
 ALPN = "vfiostream/1"
@@ -98,6 +102,8 @@ class Connection:
         """Whether it has ended and nothing has to be sent any more."""
         self.heard = self.began = monotonic()
         """When something came, at last."""
+        self.here: Here = ()
+        """Which address of this host the peer talks to."""
         self.streams: dict[int, QuicStream] = {}
         self.changed = anyio.Event()
         """Set, and replaced, when the connection is believed, or ends, or a stream has arrived."""
@@ -116,6 +122,7 @@ class Connection:
         self._control = b""
         self._begun: dict[int, bytes] = {}
         """The first bytes of streams, as long as these are too few."""
+        self._under_key = 0
         self._asked = monotonic()
         self._pings = 0
 
@@ -150,6 +157,9 @@ class Connection:
                 self._pings += 1
                 quic.send_ping(self._pings)
             datagrams = quic.datagrams_to_send(now)
+            self._under_key += len(datagrams)
+            if self._under_key >= KEY_LASTS and self.believed and not self.failure:
+                self._change_key()
             # After what was said before: an alert says why. The library spreads packets over time, so that may have to
             # wait.
             if self.closing and (now >= self._close_by or not quic.get_send_buffer_size(_CONTROL)):
@@ -162,6 +172,13 @@ class Connection:
             logger.debug("%s: the library failed: %r", self.address, error)
             self.fail("QUIC failed; start over on a new connection")
             return []
+
+    def _change_key(self) -> None:
+        try:
+            self.quic.request_key_update()
+        except LIBRARY_ERRORS:
+            return  # The change before has not been acknowledged: with the next datagrams.
+        self._under_key = 0
 
     def deadline(self) -> float:
         """When :meth:`advance` is due, on the clock of ``time.monotonic``."""

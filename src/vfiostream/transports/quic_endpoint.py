@@ -16,7 +16,7 @@ from qh3 import QuicConfiguration
 
 from vfiostream.errors import TransportError
 from vfiostream.transports.quic_connection import ALPN, IDLE, WINDOW, Connection
-from vfiostream.transports.udp import Address, UdpSocket
+from vfiostream.transports.udp import Address, Here, UdpSocket
 
 SAFE_DATAGRAM = 1232
 """Bytes of a datagram that every path carries (IPv6 carries packets of 1280)."""
@@ -24,7 +24,7 @@ ETHERNET_DATAGRAM = 1472
 """Up to this the library finds out itself what the path carries; above, the handshake tries it."""
 BURST = 64
 """Batches of datagrams that are taken from the kernel before anything is sent."""
-LINGER = 2.0
+LINGER = 10.0
 """Seconds that what was sent may take to arrive when a context ends."""
 CID = 8
 """Bytes of our connection ids."""
@@ -45,12 +45,17 @@ class Endpoint:
         """There is something to send: let the clock see to it."""
         self._woken.set()
 
-    def deliver(self, data: bytes, segment: int, address: Address, now: float) -> None:
+    def deliver(self, data: bytes, segment: int, address: Address, here: Here, now: float) -> None:
         """Datagrams have come from ``address``."""
         raise NotImplementedError
 
     def ended(self, connection: Connection) -> None:
         """A connection is over."""
+
+    def broke(self, why: str) -> None:
+        """The socket is of no use any more."""
+        for connection in self.connections:
+            connection.fail(why)
 
     def look(self, now: float) -> None:
         """See to the socket itself."""
@@ -71,8 +76,7 @@ class Endpoint:
                         break
                     self.deliver(*came, now)
             except OSError as error:
-                for connection in self.connections:
-                    connection.fail(f"receiving failed ({error.strerror}); start over on a new connection")
+                self.broke(f"receiving failed ({error.strerror}); start over on a new connection")
                 return
             if self._turn() < self._due:
                 self.wake()
@@ -100,7 +104,7 @@ class Endpoint:
             if self.udp.blocked:
                 break
             if datagrams := connection.advance(now):
-                self.udp.send(datagrams)
+                self.udp.send(datagrams, connection.here)
                 connection.sent()
             if connection.over:
                 self.connections.remove(connection)

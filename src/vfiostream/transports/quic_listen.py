@@ -23,7 +23,7 @@ from qh3._hazmat import Buffer
 from qh3.quic.packet import QuicHeader, QuicPacketType, encode_quic_retry, pull_quic_header
 
 from vfiostream.ending import to_the_end
-from vfiostream.errors import PeerRefused, TransportError
+from vfiostream.errors import PeerRefused, StreamError, TransportError
 from vfiostream.transports.background import background
 from vfiostream.transports.contract import Listener
 from vfiostream.transports.credentials import Credentials, required
@@ -43,7 +43,7 @@ from vfiostream.transports.quic_peer import Handshake
 from vfiostream.transports.quic_stream import QuicStream
 from vfiostream.transports.stream import host_and_port
 from vfiostream.transports.tls_trust import context_of
-from vfiostream.transports.udp import Address, UdpSocket
+from vfiostream.transports.udp import Address, Here, UdpSocket
 
 logger = logging.getLogger("vfiostream.transport")
 
@@ -70,6 +70,8 @@ class _Answerer(Endpoint):
         super().__init__(udp)
         self.address = address
         self.open = True
+        self.problem = ""
+        """Why nobody can come any more."""
         self.streams: deque[QuicStream] = deque()
         """Those that wait to be accepted."""
         self.came = anyio.Event()
@@ -83,17 +85,32 @@ class _Answerer(Endpoint):
         self._context = context_of(credentials)
         self._configuration.load_cert_chain(credentials.cert, credentials.key)
 
-    def deliver(self, data: bytes, segment: int, address: Address, now: float) -> None:
+    def deliver(self, data: bytes, segment: int, address: Address, here: Here, now: float) -> None:
         address = numeric(address)
         connection = self._known.get(_destination(data))
         if connection is None:
-            connection = self._stranger(data[:segment], address)
+            connection = self._stranger(data[:segment], address, here)
         if connection is not None:
+            connection.here = here
             connection.receive(data, segment, address, now)
 
     def ended(self, connection: Connection) -> None:
         for number in [number for number, other in self._known.items() if other is connection]:
             del self._known[number]
+
+    def broke(self, why: str) -> None:
+        super().broke(why)
+        self.problem = why
+        self.came.set()
+
+    def close(self) -> None:
+        """Let nobody else in."""
+        self.open = False
+        self.came.set()
+        for connection in self.connections:
+            if all(stream in self.streams for stream in connection.streams.values()):
+                connection.close("the listener was closed")
+        self.streams.clear()
 
     def _failed(self, connection: Connection) -> None:
         if not connection.believed and connection.refused:
@@ -102,7 +119,7 @@ class _Answerer(Endpoint):
             if self._refused is not None:
                 self._refused(refusal)
 
-    def _stranger(self, data: bytes, address: Address) -> Connection | None:
+    def _stranger(self, data: bytes, address: Address, here: Here) -> Connection | None:
         """A connection for somebody new, if that is what ``data`` asks for."""
         if not self.open or len(data) < SMALLEST_INITIAL or not data[0] & 0x80:
             return None
@@ -120,7 +137,7 @@ class _Answerer(Endpoint):
                 return None
             original, retried = proven
         elif len(strangers) >= RETRY_ABOVE:
-            self.udp.send([(self._retry(header, address), address)])
+            self.udp.send([(self._retry(header, address), address)], here)
             return None
         if len(strangers) >= STRANGERS:
             strangers[0].fail("others came")
@@ -153,6 +170,8 @@ class _Answerer(Endpoint):
             self._tickets.popitem(last=False)
 
     def _opened(self, stream: QuicStream) -> None:
+        if not self.open:
+            raise StreamError(f"stream {stream.number}", "was opened after the listener was closed")
         self.streams.append(stream)
         self.came.set()
 
@@ -200,15 +219,16 @@ class QuicListener(Listener):
                 stream = answerer.streams.popleft()
                 logger.debug("%s: accepted %s", self.address, stream.address)
                 return stream
-            answerer.came = anyio.Event()
+            if answerer.problem:
+                raise TransportError(f"{self.address}: {answerer.problem}")
+            if answerer.came.is_set():
+                answerer.came = anyio.Event()
             await answerer.came.wait()
         raise TransportError(f"{self.address}: the listener was closed; open a new one")
 
     async def aclose(self) -> None:
-        self._answerer.open = False
-        self._answerer.came.set()
-        while self._answerer.streams:
-            await self._answerer.streams.popleft().aclose()
+        if self._answerer.open:
+            self._answerer.close()
 
 
 @asynccontextmanager
@@ -229,7 +249,7 @@ async def listen(address: str, options: Options) -> AsyncIterator[QuicListener]:
             f"{address}: listening failed ({failure.strerror}); choose an address and port of this host you may use"
         ) from failure
     with sock:
-        answerer = _Answerer(UdpSocket(sock), text_of(sock.getsockname()), options, credentials)
+        answerer = _Answerer(UdpSocket(sock, listens=True), text_of(sock.getsockname()), options, credentials)
         logger.debug("%s: listening", answerer.address)
         async with background(answerer.read, answerer.keep_time):
             listener = QuicListener(answerer)

@@ -14,7 +14,9 @@ signed, so pinning needs pyOpenSSL. Invariants:
 
 from __future__ import annotations
 
+import errno
 import logging
+import select
 import socket
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Sequence
@@ -29,6 +31,7 @@ from vfiostream.errors import ConnectionLost, PeerRefused, TransportError, Usage
 from vfiostream.transports import stream
 from vfiostream.transports.arrivals import arrivals
 from vfiostream.transports.background import Background, background
+from vfiostream.transports.channel import Signal
 from vfiostream.transports.contract import Listener, Transport
 from vfiostream.transports.credentials import Credentials, required
 from vfiostream.transports.joining import joined
@@ -88,7 +91,7 @@ async def _handshake(
     except BaseException:
         sock.close()
         raise
-    return TlsTransport(sock, address, connection, trouble)
+    return TlsTransport(sock, address, connection, judge, trouble)
 
 
 async def _until_done(step: Callable[[], object], sock: socket.socket) -> None:
@@ -131,13 +134,18 @@ class TlsTransport(SocketTransport):
     keeps = 4 * RECORD
     """One record that comes, and one that goes, sealed and as it was."""
 
-    def __init__(self, sock: socket.socket, address: str, connection: SSL.Connection, trouble: Trouble) -> None:
+    def __init__(
+        self, sock: socket.socket, address: str, connection: SSL.Connection, judge: Judge, trouble: Trouble
+    ) -> None:
         super().__init__(sock, address)
+        self.peer = judge.fingerprint
         self._connection = connection
         self._trouble = trouble
         self._rest = b""
         """Content of the record that OpenSSL has sealed and the kernel has not taken whole."""
         self._problem: TransportError | None = None
+        self._end_of_socket = select.poll()
+        self._end_of_socket.register(sock, 0)
 
     @property
     def holds(self) -> bool:
@@ -166,6 +174,9 @@ class TlsTransport(SocketTransport):
     def _flush(self) -> None:
         """Hand over what was sealed, or raise BlockingIOError."""
         self._check_unbroken()
+        if self._end_of_socket.poll(0):
+            # After a write that failed OpenSSL would not give what the peer said before it was gone.
+            raise self._trouble.lost(errno.ECONNRESET, "sending")
         try:
             while self._rest:
                 self._rest = self._rest[self._connection.send(self._rest) :]
@@ -222,6 +233,7 @@ class TlsTransport(SocketTransport):
         except SSL.Error as error:
             raise self._broken(error, "finishing") from error
         self._torn = False
+        await super()._end()  # Wakes a reader who waits for more than the few bytes of close_notify.
 
     def _broken(self, error: SSL.Error, doing: str) -> TransportError:
         self._problem = self._trouble.of(error, doing)
@@ -271,10 +283,11 @@ class TlsListener(Listener):
         self._greeting: dict[anyio.CancelScope, socket.socket] = {}
         """Handshakes, the oldest first."""
         self._believed: deque[TlsTransport] = deque()
-        self._news = anyio.Event()
+        self._news = Signal()
         self._closed = False
         self._problem: TransportError | None = None
-        """Why nobody is accepted any more."""
+        """Why nobody is accepted until somebody has been told."""
+        self._told = Signal()
 
     async def accept(self) -> Transport:
         await anyio.lowlevel.checkpoint()
@@ -284,16 +297,17 @@ class TlsListener(Listener):
             if self._believed:
                 return self._believed.popleft()
             if self._problem is not None:
-                raise TransportError(*self._problem.args) from self._problem
-            if self._news.is_set():
-                self._news = anyio.Event()
+                problem, self._problem = self._problem, None
+                self._told.give()
+                raise problem
             await self._news.wait()
 
     async def aclose(self) -> None:
         if self._closed:
             return
         self._closed = True
-        self._news.set()
+        self._news.give()
+        self._told.give()
         for scope in self._greeting:
             scope.cancel()
         await self._sockets.aclose()
@@ -302,13 +316,14 @@ class TlsListener(Listener):
 
     async def greet(self, tasks: Background) -> None:
         """Take in whoever connects until the listener is closed."""
-        while True:
+        while not self._closed:
             try:
                 sock, address = await self._sockets.accept_socket()
             except TransportError as error:
                 self._problem = error
-                self._news.set()
-                return
+                self._news.give()
+                await self._told.wait()
+                continue
             carried_on = [scope for scope in self._greeting if not scope.cancel_called]
             if len(carried_on) >= STRANGERS:
                 carried_on[0].cancel()
@@ -322,7 +337,7 @@ class TlsListener(Listener):
                 transport = await _handshake(sock, self._context, self._credentials, address, host=None)
                 if len(self._believed) < WAITING:
                     self._believed.append(transport)
-                    self._news.set()
+                    self._news.give()
                 else:
                     logger.warning("%s: too many senders wait already; it was let go", address)
                     await transport.aclose()

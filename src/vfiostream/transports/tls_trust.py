@@ -35,6 +35,8 @@ class Judge:
         self._flaw: int | None = None
         """OpenSSL's first objection to the chain."""
         self.believed = False
+        self.fingerprint = ""
+        """Of the peer's certificate; empty until there is one."""
         self.problem = "the other end showed no certificate; give it one (--cert and --key)"
         """Where it is not believed: why not, and what to do."""
 
@@ -56,7 +58,7 @@ class Judge:
 
     def _objection(self, certificate: x509.Certificate, flaw: int) -> str | None:
         """``flaw`` is OpenSSL's, in the peer's own certificate."""
-        digits = certificate.fingerprint(hashes.SHA256()).hex()
+        self.fingerprint = digits = certificate.fingerprint(hashes.SHA256()).hex()
         if flaw == _Codes.ERR_CERT_HAS_EXPIRED:
             until = certificate.not_valid_after_utc
             return f"the other end's certificate was valid until {until:%Y-%m-%d %H:%M} UTC; give that end a new one"
@@ -188,7 +190,7 @@ class Trouble:
     def of(self, error: SSL.Error, doing: str) -> TransportError:
         """The error of ours that says it."""
         if isinstance(error, SSL.SysCallError):
-            return self._lost(error.args[0], doing)
+            return self.lost(error.args[0], doing)
         reason = reason_of(error)
         _, is_alert, alert = reason.partition(" alert ")
         if is_alert:
@@ -217,7 +219,8 @@ class Trouble:
                 )
         return f"the other end has ended TLS ({alert}); see there why"
 
-    def _lost(self, number: int, doing: str) -> ConnectionLost:
+    def lost(self, number: int, doing: str) -> ConnectionLost:
+        """The error that says that the connection is gone, by an errno; -1 for an end without any."""
         reason = os.strerror(number) if number > 0 else "it ended without a word"
         return ConnectionLost(f"{self._address}: the connection was lost while {doing} ({reason}); see the other end")
 

@@ -31,14 +31,20 @@ MOST_SEGMENTS = 64
 """Datagrams that the kernel cuts one batch into at most (UDP_MAX_SEGMENTS; 128 from Linux 6.9)."""
 LARGEST_DATAGRAM = 65_535
 
+Here = tuple[tuple[int, int, bytes], ...]
+"""Which address of this host datagrams came to, as what goes back is given along to come from there (ip(7))."""
+
 _UDP_SEGMENT = 103
 _UDP_GRO = 104
 _IP_MTU = 14
 _IPV6_MTU = 24
+_IP_PKTINFO = 8
+_IPV6_RECVPKTINFO = 49
+_IPV6_PKTINFO = 50
 # Only privileged processes may set these two.
 _SO_SNDBUFFORCE = 32
 _SO_RCVBUFFORCE = 33
-_ANCILLARY = socket.CMSG_SPACE(4)
+_ANCILLARY = socket.CMSG_SPACE(4) + socket.CMSG_SPACE(20)
 
 _TRANSIENT = frozenset({errno.EAGAIN, errno.EINTR})
 _CANT_CUT = frozenset({errno.EINVAL, errno.EIO, errno.EOPNOTSUPP, errno.ENOPROTOOPT})
@@ -46,13 +52,15 @@ _CANT_CUT = frozenset({errno.EINVAL, errno.EIO, errno.EOPNOTSUPP, errno.ENOPROTO
 
 
 class UdpSocket:
-    """A non-blocking UDP socket, which this object owns, and the datagrams it has not got rid of yet."""
+    """A non-blocking UDP socket, which this object owns, and the datagrams it has not got rid of yet. One that
+    ``listens`` may have several addresses, and answers from the one that was asked.
+    """
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, *, listens: bool = False) -> None:
         self.sock = sock
         self.trouble: OSError | None = None
         """The last thing the network said: for a connected socket, that nobody is there, or that the way is gone."""
-        self._unsent: deque[tuple[list[bytes], Address]] = deque()
+        self._unsent: deque[tuple[list[bytes], Address, Here]] = deque()
         self._cuts = True
         sock.setblocking(False)
         for forced, allowed, size in (
@@ -63,6 +71,10 @@ class UdpSocket:
                 sock.setsockopt(socket.SOL_SOCKET, forced, size)
             except PermissionError:
                 sock.setsockopt(socket.SOL_SOCKET, allowed, size)
+        if listens and sock.family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVPKTINFO, 1)
+        elif listens:
+            sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
         try:
             sock.setsockopt(socket.IPPROTO_UDP, _UDP_GRO, 1)
         except OSError as error:
@@ -81,8 +93,10 @@ class UdpSocket:
             return self.sock.getsockopt(socket.IPPROTO_IPV6, _IPV6_MTU) - 48
         return self.sock.getsockopt(socket.IPPROTO_IP, _IP_MTU) - 28
 
-    def receive(self) -> tuple[bytes, int, Address] | None:
-        """What has come: datagrams from one sender, the size of each but the last, and who sent them; or None."""
+    def receive(self) -> tuple[bytes, int, Address, Here] | None:
+        """What has come: datagrams from one sender, the size of each but the last, who sent them, and to where; or
+        None.
+        """
         while True:
             try:
                 data, ancillary, _, address = self.sock.recvmsg(LARGEST_DATAGRAM, _ANCILLARY)
@@ -95,14 +109,19 @@ class UdpSocket:
                     raise
                 continue
             size = len(data)
+            here: Here = ()
             for level, kind, value in ancillary:
                 if level == socket.IPPROTO_UDP and kind == _UDP_GRO:
                     size = struct.unpack_from("=i" if len(value) >= 4 else "=H", value)[0]
-            return data, size, address
+                elif level == socket.IPPROTO_IP and kind == _IP_PKTINFO:
+                    here = ((level, kind, bytes(4) + value[4:8] + bytes(4)),)  # at whatever interface
+                elif level == socket.IPPROTO_IPV6 and kind == _IPV6_PKTINFO:
+                    here = ((level, kind, value[:16] + bytes(4)),)
+            return data, size, address, here
 
-    def send(self, datagrams: Iterable[tuple[bytes, Address]]) -> None:
-        """Send in order what the kernel has room for, and keep the rest for :meth:`send_on`. What can't go is lost, as
-        datagrams may be.
+    def send(self, datagrams: Iterable[tuple[bytes, Address]], here: Here = ()) -> None:
+        """Send in order what the kernel has room for, from ``here`` if that is given, and keep the rest for
+        :meth:`send_on`. What can't go is lost, as datagrams may be.
         """
         batch: list[bytes] = []
         segment = left = 0
@@ -113,7 +132,7 @@ class UdpSocket:
             if to != address or size > segment or size > left or len(batch) == MOST_SEGMENTS:
                 batch = []
                 segment, left, to = size, LARGEST_BATCH, address
-                self._unsent.append((batch, address))
+                self._unsent.append((batch, address, here))
             batch.append(data)
             left = left - size if size == segment and self._cuts else 0
         self.send_on()
@@ -122,13 +141,13 @@ class UdpSocket:
         """Send what has waited."""
         unsent = self._unsent
         while unsent:
-            batch, address = unsent[0]
+            batch, address, here = unsent[0]
             try:
                 if len(batch) == 1:
-                    self.sock.sendmsg(batch, (), 0, address)
+                    self.sock.sendmsg(batch, here, 0, address)
                 else:
                     cut = (socket.IPPROTO_UDP, _UDP_SEGMENT, struct.pack("=H", len(batch[0])))
-                    self.sock.sendmsg(batch, (cut,), 0, address)
+                    self.sock.sendmsg(batch, (cut, *here), 0, address)
             except BlockingIOError:
                 return
             except OSError as error:
@@ -138,14 +157,11 @@ class UdpSocket:
                         logger.debug("datagrams go one by one from here: %s", error.strerror)
                         self._cuts = False
                     unsent.popleft()
-                    unsent.extendleft(([data], address) for data in reversed(batch))
+                    unsent.extendleft(([data], address, here) for data in reversed(batch))
                     continue
-                self.trouble = error
+                if error.errno != errno.EMSGSIZE:  # That says of a datagram that it was a probe.
+                    self.trouble = error
             unsent.popleft()
-
-    def forget(self) -> None:
-        """Drop what has waited: the socket is replaced."""
-        self._unsent.clear()
 
 
 _HEARD = frozenset(
