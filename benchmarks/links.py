@@ -108,11 +108,15 @@ def rounds_of(visit: Visit, number: int) -> tuple[list[dict[str, Run]], int]:
     """That many rounds, and how many moves were forgotten. Raises :class:`CannotRun`."""
     kinds = list(visit.kinds)
     orders = [kinds if number % 2 == 0 else kinds[::-1] for number in range(number)]
-    idle = visit.link.delay > 1 and visit.link.loss > 0
-    with ThreadPoolExecutor(GUESTS if idle else 1) as pool:
+    with ThreadPoolExecutor(GUESTS if _is_idle(visit.link) else 1) as pool:
         done = list(pool.map(lambda order: [(kind, *_moved(replace(visit, kinds=[kind]))) for kind in order], orders))
     forgotten = sum(attempts - 1 for moves in done for _, _, attempts in moves)
     return [{kind: run for kind, run, _ in moves} for moves in done], forgotten
+
+
+def _is_idle(link: Link) -> bool:
+    """Whether it is so slow, whoever uses it, that processors wait for it."""
+    return link.delay > 1 and link.loss > 0
 
 
 def _moved(visit: Visit) -> tuple[Run, int]:
@@ -179,8 +183,9 @@ def unhindered(plan: Plan) -> Iterator[dict[str, Any]]:
 
 
 def grid(plan: Plan) -> Iterator[dict[str, Any]]:
-    """Every delay with every loss and rate."""
+    """Every delay with every loss and rate; first those that are the least trouble."""
     links = [Link(delay, loss, rate) for delay in DELAYS for loss in LOSSES for rate in RATES]
+    links.sort(key=lambda link: not _is_idle(link))
     if plan.quick:
         links = links[:1]
     yield from _lines(plan, "grid", [Visit(link, IN_GRID, MIB if plan.quick else size_for(link)) for link in links])
@@ -230,10 +235,10 @@ def channels_with_loss(plan: Plan) -> Iterator[Row]:
 
 
 MEASUREMENTS: Sequence[Callable[[Plan], Iterator[Row | dict[str, Any]]]] = (
-    channels_with_loss,
-    quic_where_it_is_worst,
-    unhindered,
     grid,
     away,
+    quic_where_it_is_worst,
+    channels_with_loss,
     settings_of_a_host,
+    unhindered,
 )

@@ -31,7 +31,10 @@ def render(result: Result) -> str:
     if of["unhindered"]:
         parts += ["#### Where nothing hinders", _unhindered(of["unhindered"][0])]
     if of["grid"]:
-        parts += ["#### What to take where", _grid(of["grid"])]
+        parts += [
+            "#### What to take where",
+            _grid(sorted(of["grid"], key=lambda line: (line["delay"], line["loss"], line["rate"]))),
+        ]
     if of["settings"]:
         parts += ["#### What settings of both hosts change", _plain(of["settings"])]
     if of["away"]:
