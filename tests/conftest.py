@@ -16,8 +16,9 @@ settings.load_profile("untimed")
 
 KERNEL_TESTS = Path(__file__).parent / "kernel"
 
-for suite in ("access_contract", "between", "device_contract", "transport_contract", "movers", "interference"):
+for suite in ("access_contract", "between", "device_contract", "movers", "interference"):
     pytest.register_assert_rewrite(f"tests.{suite}")
+pytest.register_assert_rewrite("vfiostream.testing")
 
 
 @pytest.fixture(

@@ -17,8 +17,8 @@ from vfiostream.transports.options import Options
 
 
 def options_in(folder: Path) -> Options:
-    """For both ends."""
-    return Options(credentials=written(folder, issued("localhost")))
+    """For both ends, of which either may speak first."""
+    return Options(credentials=written(folder, issued("localhost")), silent=True)
 
 
 @asynccontextmanager

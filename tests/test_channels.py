@@ -16,7 +16,10 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from tests.movers import machines
 from tests.slow_connections import SlowConnection, slow_pair
-from tests.transport_contract import (
+from vfiostream.buffers import Buffer
+from vfiostream.errors import ConnectionLost, StreamError, TransportError, UsageError
+from vfiostream.migrate import receive, send
+from vfiostream.testing import (
     MIB,
     NOISE,
     LinkContract,
@@ -28,9 +31,6 @@ from tests.transport_contract import (
     send_for_ever,
     time_limit,
 )
-from vfiostream.buffers import Buffer
-from vfiostream.errors import ConnectionLost, StreamError, TransportError, UsageError
-from vfiostream.migrate import receive, send
 from vfiostream.transports import arrivals, connect, listen, stream
 from vfiostream.transports.background import background
 from vfiostream.transports.channels import ChannelsTransport
@@ -57,6 +57,16 @@ class TestTwoOverTcp(LinkContract):
 class TestFourOverTcp(LinkContract):
     def pair(self) -> Any:
         return linked("tcp:127.0.0.1:0", 4)
+
+
+class TestOneThatReconnects(LinkContract):
+    def pair(self) -> Any:
+        return linked("tcp:127.0.0.1:0", 1, reconnect=5)
+
+
+class TestFourThatReconnect(LinkContract):
+    def pair(self) -> Any:
+        return linked("tcp:127.0.0.1:0", 4, reconnect=5)
 
 
 class SmallBuffers(LinkContract):
@@ -246,7 +256,7 @@ async def test_whatever_a_sender_says_what_comes_of_it_has_a_name(pieces: list[b
     [
         (MAGIC + b"\x02\x00" + bytes(26), "has version 2"),
         (MAGIC + b"\x01\x00" + bytes(26), "is number 1 of 0"),
-        (Preamble(TOKEN, 0, 64).pack().replace(b"\x40", b"\x41", 1), "is number 1 of 65"),
+        (Preamble(TOKEN, 0, 16).pack().replace(b"\x10", b"\x11", 1), "is number 1 of 17"),
         (struct.pack("<4sHBBB7x16s", MAGIC, 1, 0, 2, 2, TOKEN), "is number 3 of 2"),
         (struct.pack("<4sHBBB7x16s", MAGIC, 1, 1, 2, 1, TOKEN), "zeros"),
         (struct.pack("<4sHBBBxxxI16s", MAGIC, 1, 0, 2, 1, 7, TOKEN), "zeros"),
@@ -353,9 +363,9 @@ async def test_nobody_listens_for_channels(tmp_path: Path) -> None:
             pass
 
 
-@pytest.mark.parametrize("channels", [0, 65, -1])
+@pytest.mark.parametrize("channels", [0, 17, -1])
 def test_how_many_there_can_be(channels: int) -> None:
-    with pytest.raises(UsageError, match="1 to 64 can"):
+    with pytest.raises(UsageError, match="1 to 16 can"):
         Options(channels=channels)
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 
 from tests.cli_programs import LIMIT, Ended, Program, device, digest_and_state, run, set_running
+from tests.cutting_proxy import CuttingProxy
 from vfiostream.cli import main
 from vfiostream.uapi.four_region import State
 
@@ -818,3 +819,33 @@ def test_the_demo_is_interrupted(socket_dir: Path) -> None:
     assert ended.events[-1]["error"] == "Cancelled"
     assert not list(socket_dir.iterdir())
     assert left_behind(socket_dir) == []
+
+
+# ---- links of several connections, one of which is cut by a program in between
+
+
+@pytest.mark.parametrize("reconnect", [False, True])
+def test_one_of_four_channels_is_cut(tmp_path: Path, reconnect: bool) -> None:
+    def cuts(number: int, forth: int, _: int) -> bool:
+        return number < 4 and forth > 100_000
+
+    options = ["--memory", "8MiB", "--config", "4096"]
+    with (
+        device(tmp_path / "a", *options, "--seed", "1") as here,
+        device(tmp_path / "b", *options, "--seed", "2") as there,
+        Program("receive", "tcp:127.0.0.1:0", there, "--json") as target,
+    ):
+        before = digest_and_state(here)[0]
+        address = target.until(lambda event: "address" in event)["address"]
+        with CuttingProxy(int(address.rpartition(":")[2]), cuts) as proxy:
+            words = ["--reconnect", "20s"] if reconnect else []
+            sent = run("send", here, proxy.address, "--channels", "4", *words)
+            received = target.end()
+            assert proxy.cut
+        if reconnect:
+            assert (sent.code, received.code) == (0, 0), (sent, received)
+            assert digest_and_state(there) == (before, State.RUNNING)
+        else:
+            assert (sent.code, received.code) == (1, 1), (sent, received)
+            assert re.search(r"channel [1-4] of 4: ", sent.errors)
+            assert digest_and_state(here)[1] == State.RUNNING

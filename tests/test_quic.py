@@ -21,7 +21,9 @@ from tests.movers import machines
 from tests.quic_links import linked, network, options_in
 from tests.test_tls import CASES, Case, waiting
 from tests.test_transports import has_ipv6
-from tests.transport_contract import (
+from vfiostream.errors import ConnectionLost, PeerRefused, TransportError, UsageError
+from vfiostream.migrate import receive, send
+from vfiostream.testing import (
     MIB,
     NOISE,
     LinkContract,
@@ -31,12 +33,11 @@ from tests.transport_contract import (
     send_for_ever,
     time_limit,
 )
-from vfiostream.errors import ConnectionLost, PeerRefused, TransportError, UsageError
-from vfiostream.migrate import receive, send
 from vfiostream.transports import connect, listen, quic, quic_connection, quic_endpoint, quic_listen, tls_trust
 from vfiostream.transports.contract import Transport
 from vfiostream.transports.options import Options
-from vfiostream.transports.quic_connection import WINDOW
+from vfiostream.transports.quic_connection import WINDOW, Kind
+from vfiostream.transports.quic_peer import Handshake
 from vfiostream.transports.quic_stream import QuicStream
 from vfiostream.transports.udp import UdpSocket
 
@@ -52,6 +53,15 @@ class TestQuic(LinkContract):
     @pytest.fixture(autouse=True)
     def _options(self, options: Options) -> None:
         self.options = options
+
+    def pair(self) -> Any:
+        return linked(self.options)
+
+
+class TestChannelsOfQuic(LinkContract):
+    @pytest.fixture(autouse=True)
+    def _options(self, options: Options) -> None:
+        self.options = replace(options, channels=3, silent=False)
 
     def pair(self) -> Any:
         return linked(self.options)
@@ -74,7 +84,7 @@ async def test_who_is_not_believed_moves_nothing(case: Case, tmp_path: Path) -> 
 
 async def test_somebody_in_between_is_noticed(options: Options, tmp_path: Path) -> None:
     """The handshake within is passed on to the right listener, by somebody who has a certificate of the same CA."""
-    false = Options(credentials=written(tmp_path, issued("in between")))
+    false = Options(credentials=written(tmp_path, issued("in between")), silent=True)
     async with time_limit(), listen("quic:127.0.0.1:0", false) as listener:
         answerer = listener._answerer  # type: ignore[attr-defined]
         answerer._context = tls_trust.context_of(options.credentials)  # type: ignore[arg-type]
@@ -194,11 +204,16 @@ async def test_what_is_no_quic_disturbs_nobody(options: Options) -> None:
             for data in foreign:
                 sock.sendto(data, target)
 
+            before = real
+
             def meddle(data: bytes) -> bool:
-                copy = bytearray(data)
+                """Before each datagram, the one before: again, changed, and cut."""
+                nonlocal before
+                copy = bytearray(before)
                 copy[random.randrange(len(copy))] ^= 1 << random.randrange(8)
-                for wrong in (bytes(copy), data[: random.randrange(len(data))], data):
+                for wrong in (before, bytes(copy), before[: random.randrange(len(before))]):
                     sock.sendto(wrong, target)
+                before = data
                 return True
 
             between.passes = meddle
@@ -207,6 +222,44 @@ async def test_what_is_no_quic_disturbs_nobody(options: Options) -> None:
                     tasks.start_soon(send_all, sender, [[NOISE]])
                     received += await receive_all(receiver)
     assert received == NOISE
+
+
+async def test_what_is_no_handshake_within(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = Handshake.to_send
+    monkeypatch.setattr(Handshake, "to_send", lambda self: honest(self) if self.listens else NOISE[:500])
+    refusals: list[TransportError] = []
+    listening = replace(options, refused=refusals.append)
+    async with time_limit(), listen("quic:127.0.0.1:0", listening) as listener:
+        with pytest.raises(PeerRefused):
+            async with connect(listener.address, options):
+                pass
+        monkeypatch.undo()
+        async with connect(listener.address, options) as sender, await listener.accept() as receiver:
+            await send_all(sender, [[b"honest"]])
+            assert await receive_all(receiver) == b"honest"
+    [refusal] = refusals
+    assert "is not TLS" in str(refusal)
+
+
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        ((9, 4, 0), "is of no known kind"),
+        ((0, 4, 0), "is of no known kind"),
+        ((Kind.WELCOME, 4, 0), "is of no known kind"),
+        ((Kind.READ, 8, 0), "names a stream that is not open"),
+        ((Kind.READ, 4, 1), "was read where nothing was sent"),
+        ((Kind.READ, 4, 1 << 63), "was read where nothing was sent"),
+    ],
+)
+async def test_records_that_break_the_rules(record: Any, problem: str, options: Options) -> None:
+    async with time_limit(), linked(options) as (sender, receiver):
+        assert isinstance(sender, QuicStream)
+        sender._carrier._tell(*record)  # type: ignore[attr-defined]
+        with pytest.raises(ConnectionLost, match=problem):
+            await receiver.receive([memoryview(bytearray(1))])
+        with pytest.raises(ConnectionLost, match="refused us"):
+            await sender.receive([memoryview(bytearray(1))])
 
 
 # ---- ways that change, lose, and end
@@ -238,7 +291,7 @@ async def test_certificates_that_are_pinned(tmp_path: Path) -> None:
     source, target = issued("source", ca=1), issued("target", ca=2)
     here = written(tmp_path, source, None, peer_fingerprints=(target.fingerprint,))
     there = written(tmp_path, target, None, peer_fingerprints=(source.fingerprint,))
-    async with time_limit(), listen("quic:127.0.0.1:0", Options(credentials=there)) as listener:
+    async with time_limit(), listen("quic:127.0.0.1:0", Options(credentials=there, silent=True)) as listener:
         async with connect(listener.address, Options(credentials=here)) as sender:
             async with await listener.accept() as receiver:
                 await send_all(sender, [[b"it is us"]])
@@ -424,6 +477,20 @@ async def is_lost(link: Transport) -> bool:
     return False
 
 
+async def test_who_has_read_all_may_leave_before_the_end(options: Options) -> None:
+    async with time_limit(), linked(options) as (sender, receiver):
+        await sender.send([b"all of it"])
+        assert await receive_exactly(receiver, 9) == b"all of it"
+        await receiver.aclose()
+        await sender.finish()
+    async with time_limit(), linked(options) as (sender, receiver):
+        await sender.send([b"all of it"])
+        assert await receive_exactly(receiver, 3) == b"all"
+        await receiver.aclose()
+        with pytest.raises(ConnectionLost):
+            await sender.finish()
+
+
 # ---- bounds
 
 
@@ -483,10 +550,3 @@ async def test_several_streams_of_one_connection(options: Options, callers: list
                 tasks.start_soon(take, await listener.accept())
                 tasks.start_soon(send_all, sender, [[bytes([number])], [NOISE[number:]]])
     assert received == {bytes([number]): NOISE[number:] for number in range(count)}
-
-
-@pytest.mark.parametrize("count", [0, 17])
-async def test_how_many_streams_there_may_be(count: int, options: Options) -> None:
-    with pytest.raises(UsageError, match="1 to 16 streams"):
-        async with quic.connect_many("quic:127.0.0.1:7000", options, count):
-            pass

@@ -20,7 +20,8 @@ from typing import Any
 import anyio
 import pytest
 
-from tests.transport_contract import (
+from vfiostream.errors import ConnectionLost, LocalProtocolError, TransportError, UsageError
+from vfiostream.testing import (
     KIB,
     NOISE,
     LinkContract,
@@ -30,7 +31,6 @@ from tests.transport_contract import (
     send_all,
     time_limit,
 )
-from vfiostream.errors import ConnectionLost, LocalProtocolError, TransportError, UsageError
 from vfiostream.transports import blocks, connect, file, listen, write_behind
 from vfiostream.transports.contract import Listener, Transport
 from vfiostream.transports.memory import memory_pair
@@ -230,15 +230,19 @@ async def test_who_knows_no_one_listens_for_this_host_only(host: str) -> None:
 async def test_unless_the_network_is_trusted() -> None:
     async with time_limit(), listen("tcp:0.0.0.0:0", Options(plain=True)) as listener:
         assert re.fullmatch(r"tcp:0\.0\.0\.0:[0-9]+", listener.address)
-        async with connect(listener.address.replace("0.0.0.0", "127.0.0.1")), await listener.accept():
-            pass
+        async with connect(listener.address.replace("0.0.0.0", "127.0.0.1")) as sender:
+            await sender.send([b"here"])
+            async with await listener.accept() as receiver:
+                assert await receive_exactly(receiver, 4) == b"here"
 
 
 async def test_no_host_is_the_loopback() -> None:
     async with time_limit(), listen("tcp::0") as listener:
         assert re.fullmatch(r"tcp:127\.0\.0\.1:[0-9]+", listener.address)
-        async with connect(f"tcp::{listener.address.rpartition(':')[2]}"), await listener.accept():
-            pass
+        async with connect(f"tcp::{listener.address.rpartition(':')[2]}") as sender:
+            await sender.send([b"here"])
+            async with await listener.accept() as receiver:
+                assert await receive_exactly(receiver, 4) == b"here"
 
 
 @pytest.mark.parametrize("address", ["unix:/tmp/x", "file:/tmp/x", "tls:127.0.0.1:0"])

@@ -41,8 +41,9 @@ async def save(
     progress: Progress | None = None,
 ) -> Summary:
     """Write a checkpoint of ``device`` (or several, at one instant), and the memory of ``guest``, to ``transport`` (of
-    ``connect("file:...")``). Returns when it is durable under its name. The device is stopped only while what the
-    rounds of precopy left is read, and runs on whatever happens then.
+    ``connect("file:...")``, or of another that keeps it, asked for with ``Options(answers=False)``). Returns when it is
+    durable under its name, or as far as the transport knows. The device is stopped only while what the rounds of
+    precopy left is read, and runs on whatever happens then.
 
     Arguments and ownership as in :func:`vfiostream.migrate.send`. Raises whatever
     :class:`~vfiostream.errors.VfiostreamError` ended it; the device runs then (except after

@@ -5,6 +5,7 @@ The module of a command is imported when that command is run, so that ``--help``
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 import traceback
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 import click
 
 from vfiostream.cli.exits import Cancelled, Exit, failure_of
+from vfiostream.cli.values import takes_output
 from vfiostream.errors import UsageError
 
 COMMANDS = {
@@ -81,8 +83,8 @@ def vfiostream() -> None:
     """Move the state of a VFIO device between hosts while it runs, or into a file and back.
 
     DEVICE is vfio-user:SOCKET, vfio: and a device of the kernel's, which `devices` lists, or replay:FILE. DESTINATION
-    and SOURCE are tls:, quic: or tcp:HOST:PORT, or unix:PATH; a checkpoint is file:PATH. Sizes and rates take KiB, MiB
-    and GiB, times ms and s.
+    and SOURCE are tls:, quic: or tcp:HOST:PORT, or unix:PATH; a checkpoint is file:PATH; and each of them exec:COMMAND
+    or stdio:. Sizes and rates take KiB, MiB and GiB, times ms and s.
 
     Exit codes: 0 done; 1 failed, the source runs; 2 usage; 4 verification failed; 5 not compatible; 6 did not
     converge or was cancelled, the source runs; 7 outcome unknown after the switchover; 8 a driver breaks a rule.
@@ -92,9 +94,16 @@ def vfiostream() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command of ``arguments`` (default: those of this process) and return its exit code."""
     given = sys.argv[1:] if arguments is None else list(arguments)
+    if any(map(takes_output, given)):
+        with contextlib.redirect_stdout(sys.stderr):
+            return _main(given)
+    return _main(given)
+
+
+def _main(given: Sequence[str]) -> int:
     failed: Exception
     try:
-        code = vfiostream.main(given, prog_name="vfiostream", standalone_mode=False)
+        code = vfiostream.main(list(given), prog_name="vfiostream", standalone_mode=False)
     except click.ClickException as error:
         failed = UsageError(_sentence(error))
     except click.Abort:

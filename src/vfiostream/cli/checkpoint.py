@@ -16,7 +16,7 @@ from vfiostream.cli.exits import Exit
 from vfiostream.cli.report import Result
 from vfiostream.cli.run import Output, Run, carry_out
 from vfiostream.cli.summary import moved
-from vfiostream.cli.values import option_type, parse_file_address, show_size
+from vfiostream.cli.values import option_type, parse_file_address, parse_kept_address, show_size
 from vfiostream.devices import open_device
 from vfiostream.devices.four_region import Order
 from vfiostream.guest import Guest
@@ -25,12 +25,15 @@ from vfiostream.pipeline.settings import Settings
 from vfiostream.policy import Precopy
 from vfiostream.transports.options import Options
 
+ONE_WAY = Options(answers=False)
+
 _file = click.argument("file", type=option_type(parse_file_address))
+_kept = click.argument("kept", metavar="FILE", type=option_type(parse_kept_address))
 
 
 @click.command
 @click.argument("device")
-@_file
+@_kept
 @options.guest_memory
 @options.policy
 @options.settings("bandwidth", "chunk", "budget", compression=0)
@@ -42,7 +45,7 @@ _file = click.argument("file", type=option_type(parse_file_address))
 @options.progress
 def save(
     device: str,
-    file: str,
+    kept: str,
     memory: options.GuestFiles,
     policy: Precopy,
     settings: Settings,
@@ -55,10 +58,13 @@ def save(
 ) -> Exit:
     """Write a checkpoint of DEVICE, which runs on.
 
-    DEVICE is vfio-user:SOCKET, vfio:NAME or replay:FILE, and FILE is file:PATH. The device is stopped only while the
-    last of its state is read. The file has its name only when it is whole and durable.
+    DEVICE is vfio-user:SOCKET, vfio:NAME or replay:FILE, and FILE is file:PATH, exec:COMMAND for a program that keeps
+    its input, or stdio: or fd:N for a pipe. The device is stopped only while the last of its state is read. A file has
+    its name only when it is whole and durable; a program has to end with status 0.
     """
 
+    wanted = Options(replace=force, answers=False)
+    transports.check(kept, wanted)
     ((_, recording),) = recordings.of(device)
 
     async def work(run: Run) -> None:
@@ -66,18 +72,18 @@ def save(
         run.follow()
         with Guest.open(memory) as guest:
             async with await open_device(device, order=order, timeout=device_timeout, recording=recording) as opened:
-                async with transports.connect(file, Options(replace=force)) as writer:
+                async with transports.connect(kept, wanted) as writer:
                     run.result = moved(
                         await checkpoint.save(
                             opened, writer, guest=guest, policy=policy, settings=settings, progress=run.progress
                         )
                     )
 
-    return carry_out(work, output, cancelled="the device runs, and no file was made", has_source=True)
+    return carry_out(work, output, cancelled="the device runs, and no checkpoint was made", has_source=True)
 
 
 @click.command
-@_file
+@_kept
 @click.argument("device")
 @options.guest_memory
 @options.settings("budget")
@@ -86,7 +92,7 @@ def save(
 @options.control
 @options.progress
 def restore(
-    file: str,
+    kept: str,
     device: str,
     memory: options.GuestFiles,
     settings: Settings,
@@ -97,10 +103,12 @@ def restore(
 ) -> Exit:
     """Load a checkpoint into DEVICE, and let it run.
 
-    FILE is file:PATH, and DEVICE vfio-user:SOCKET, vfio:NAME or replay:FILE. The guest memory must have the ranges of
-    the checkpoint. The device runs only when the whole file has been loaded and checked.
+    FILE is file:PATH, exec:COMMAND for a program that gives it, or stdio: or fd:N for a pipe, and DEVICE
+    vfio-user:SOCKET, vfio:NAME or replay:FILE. The guest memory must have the ranges of the checkpoint. The device runs
+    only when all of it has been loaded and checked.
     """
 
+    transports.check(kept, ONE_WAY)
     ((_, recording),) = recordings.of(device)
 
     async def work(run: Run) -> None:
@@ -108,7 +116,7 @@ def restore(
         run.follow()
         with Guest.open(memory) as guest:
             async with await open_device(device, timeout=device_timeout, recording=recording) as opened:
-                async with transports.listen(file) as listener, await listener.accept() as reader:
+                async with transports.listen(kept, ONE_WAY) as listener, await listener.accept() as reader:
                     run.result = moved(
                         await checkpoint.restore(reader, opened, guest=guest, settings=settings, progress=run.progress)
                     )
@@ -137,18 +145,20 @@ def inspect(file: str, output: Output) -> Exit:
 
 
 @click.command
-@_file
+@_kept
 @options.answers
-def verify(file: str, output: Output) -> Exit:
+def verify(kept: str, output: Output) -> Exit:
     """Check every byte of a checkpoint.
 
-    FILE is file:PATH. Exit code 4 where anything in it is wrong, with the first record that is.
+    FILE is file:PATH, exec:COMMAND for a program that gives it, or stdio: or fd:N for a pipe. Exit code 4 where
+    anything in it is wrong, with the first record that is.
     """
+    transports.check(kept, ONE_WAY)
 
     async def work(run: Run) -> None:
-        async with transports.listen(file) as listener, await listener.accept() as reader:
+        async with transports.listen(kept, ONE_WAY) as listener, await listener.accept() as reader:
             found = await checkpoint.verify(reader)
-        run.result = Result(_document("verified", found), _lines(file, "verified", found))
+        run.result = Result(_document("verified", found), _lines(kept, "verified", found))
 
     return carry_out(work, output, cancelled="nothing was changed")
 

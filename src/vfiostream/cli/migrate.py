@@ -29,6 +29,7 @@ from vfiostream.transports.options import Options
 @options.settings("bandwidth", "chunk", "budget", "patience", compression=0)
 @options.link(listens=False)
 @options.channels
+@options.reconnect("How long the link may be lost: it is opened anew, and goes on where it was.  [default: not at all]")
 @options.order
 @options.device_timeout
 @options.recordings
@@ -50,10 +51,12 @@ def send(
     """Move DEVICE to whoever receives at DESTINATION.
 
     DEVICE is vfio-user:SOCKET, vfio:NAME or replay:FILE, and DESTINATION the tls:, quic: or tcp:HOST:PORT or unix:PATH
-    at which `vfiostream receive` waits. The device runs on here until the target has loaded and checked everything;
-    when this fails, it goes on running here.
+    at which `vfiostream receive` waits, exec:COMMAND for a program that leads there, or what was passed on (fd:N,
+    fd:IN,OUT, stdio:). The device runs on here until the target has loaded and checked everything; when this fails, it
+    goes on running here.
     """
 
+    transports.check(destination, link)
     ((_, recording),) = recordings.of(device)
 
     async def work(run: Run) -> None:
@@ -77,6 +80,7 @@ def send(
 @options.guest_memory
 @options.settings("chunk", "budget", "patience")
 @options.link(listens=True)
+@options.reconnect("How long a sender that reconnects may stay away.  [default: 25s]")
 @options.device_timeout
 @options.recordings
 @options.control
@@ -95,18 +99,20 @@ def receive(
     """Take the device that is sent to SOURCE into DEVICE, and let it run.
 
     SOURCE is the tls:, quic: or tcp:HOST:PORT or unix:PATH to listen at; with port 0 the system chooses one, and it is
-    printed. DEVICE is vfio-user:SOCKET, vfio:NAME or replay:FILE. One sender is served. At tls: it has to show a
-    certificate that is believed; whoever can connect to tcp: can send.
+    printed. Or it is exec:COMMAND for a program that sends, or what was passed on (fd:N, fd:IN,OUT, stdio:,
+    systemd:NAME); with stdio:, what is printed goes to standard error. DEVICE is vfio-user:SOCKET, vfio:NAME or
+    replay:FILE. One sender is served. At tls: and quic: it has to show a certificate that is believed; whoever can
+    connect to tcp: can send.
     """
 
+    transports.check(source, link)
     ((_, recording),) = recordings.of(device)
 
     async def work(run: Run) -> None:
         await answer_at(run, control)
         with Guest.open(memory) as guest:
             async with await open_device(device, timeout=device_timeout, recording=recording) as opened:
-                options_here = replace(link, refused=run.report.refused, memory=options.memory_of_link(settings))
-                async with transports.listen(source, options_here) as listener:
+                async with transports.listen(source, replace(link, refused=run.report.refused)) as listener:
                     run.report.listening(listener.address)
                     async with await listener.accept() as transport:
                         await listener.aclose()  # One sender is served.

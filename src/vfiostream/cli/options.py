@@ -297,20 +297,39 @@ def link(*, listens: bool) -> Decorator:
 
 
 def channels(command: Command) -> Command:
-    """``--channels``, in ``link``; needs ``settings`` for the memory of a link."""
+    """``--channels``, in ``link``."""
 
     @click.option(
         "--channels", type=click.IntRange(1, MAX_CHANNELS), metavar="N", default=1, show_default=True,
         help="Connections that the link is made of.",
     )  # fmt: skip
     @functools.wraps(command)
-    def wrapped(*, channels: int, link: Options, settings: Settings, **rest: Any) -> Any:
-        link = replace(link, channels=channels, memory=memory_of_link(settings))
-        if channels > 1:
-            Budget(settings.budget - link.memory, settings.chunk)  # Refuses what has no room.
-        return command(link=link, settings=settings, **rest)
+    def wrapped(*, channels: int, link: Options, **rest: Any) -> Any:
+        return command(link=replace(link, channels=channels), **rest)
 
     return wrapped
+
+
+def reconnect(text: str) -> Decorator:
+    """``--reconnect``, in ``link``, which gets its memory out of the budget of ``settings``."""
+
+    def decorate(command: Command) -> Command:
+        @_time("--reconnect", "seconds", None, text)
+        @functools.wraps(command)
+        def wrapped(*, seconds: float | None, link: Options, settings: Settings, **rest: Any) -> Any:
+            if seconds is not None and seconds >= settings.patience:
+                raise click.UsageError(
+                    "a link that is away looks as an end that hangs: give --reconnect less time than "
+                    "--switchover-timeout"
+                )
+            made = replace(link, reconnect=seconds, memory=memory_of_link(settings))
+            if made.channels > 1 or seconds is not None:
+                Budget(settings.budget - made.memory, settings.chunk)  # Refuses what has no room.
+            return command(link=made, settings=settings, **rest)
+
+        return wrapped
+
+    return decorate
 
 
 def memory_of_link(settings: Settings) -> int:

@@ -90,6 +90,20 @@ def parse_file_address(text: str) -> str:
     return text
 
 
+def parse_kept_address(text: str) -> str:
+    """The address a checkpoint goes to or comes from; raises ValueError. The rest shows when the transport is asked."""
+    if ":" not in text or "\0" in text:
+        raise ValueError(f"{text!r} is not the address of a checkpoint: write file:PATH, or exec:COMMAND")
+    return text
+
+
+def takes_output(argument: str) -> bool:
+    """Whether ``argument`` is an address for which standard output is taken, so that nothing else may be printed to it:
+    ``stdio:``, and ``fd:`` with descriptor 1.
+    """
+    return argument == "stdio:" or (argument.startswith("fd:") and "1" in argument[3:].split(","))
+
+
 def parse_link_address(text: str) -> str:
     """The address of somebody who answers, so not of a file; raises ValueError. The rest shows when it is opened."""
     if text.startswith("file:"):

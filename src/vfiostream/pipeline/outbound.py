@@ -30,14 +30,13 @@ from vfiostream.pipeline.budget import Budget, Lease
 from vfiostream.pipeline.progress import Progress
 from vfiostream.pipeline.settings import Settings
 from vfiostream.pipeline.turns import Turns
-from vfiostream.pipeline.workers import Workers
+from vfiostream.pipeline.workers import Workers, threads
 from vfiostream.protocol import framing
 from vfiostream.protocol.payload import Compressor, bound, shrunk
 from vfiostream.protocol.records import Bitmap, Capture, Config, Memory, Pages, Pci, Record
 from vfiostream.protocol.sessions import SourceSession
 from vfiostream.transports.contract import Transport
 
-COMPRESSORS = 2
 GRACE = 0.5
 """Seconds that a frame which is under way may take to end when everything is called off: a torn one would leave no way
 to say why.
@@ -112,7 +111,7 @@ class Outbound:
         self._several = several
         self.pace = Pace(settings.bandwidth)
         self.budget = Budget(settings.budget - transport.keeps, settings.chunk)
-        self.compressors = Workers(Compressor, COMPRESSORS)
+        self.compressors = Workers(Compressor, threads())
         self._choices: Choices | None = None
         self.content = 0
         """Bytes of content that were put in line, but bitmaps."""
@@ -151,7 +150,7 @@ class Outbound:
         """Who says what is compressed, and how; known after the greeting."""
         if self._choices is None:
             wanted = self._settings.compression if self.compresses else None
-            self._choices = Adaptive(COMPRESSORS) if wanted == "adaptive" else Fixed(wanted)
+            self._choices = Adaptive(self.compressors.count) if wanted == "adaptive" else Fixed(wanted)
         return self._choices
 
     # ---- in line

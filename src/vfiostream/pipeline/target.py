@@ -47,7 +47,7 @@ from vfiostream.pipeline.budget import Budget, largest_chunk
 from vfiostream.pipeline.frames import FrameReader, Incoming, part
 from vfiostream.pipeline.progress import Downtime, Progress, Summary
 from vfiostream.pipeline.settings import Settings
-from vfiostream.pipeline.workers import Workers
+from vfiostream.pipeline.workers import Workers, threads
 from vfiostream.protocol import limits, records
 from vfiostream.protocol.framing import Prefix
 from vfiostream.protocol.payload import Decompressor, Piece
@@ -76,7 +76,6 @@ from vfiostream.version import SOFTWARE
 
 log = logging.getLogger("vfiostream.pipeline")
 
-DECOMPRESSORS = 2
 TURNS = 8
 """Frames received in their place before others get their turn: about a millisecond's worth."""
 
@@ -158,7 +157,7 @@ class Target:
         self._budget = Budget(limit, chunk)
         self._session = TargetSession(chunk=chunk, answers=transport.answers)
         self._frames = FrameReader(transport, self._session, self._budget)
-        self._decompressors = Workers(Decompressor, DECOMPRESSORS)
+        self._decompressors = Workers(Decompressor, threads())
         self._windows: dict[int, _Window] = {}
         self._zeros = memoryview(b"")
         self._saying = anyio.Lock()

@@ -34,6 +34,15 @@ Context = TypeVar("Context")
 Result = TypeVar("Result")
 
 
+MOST_THREADS = 16
+"""More would outrun what copying, checking and the link can do beside them."""
+
+
+def threads() -> int:
+    """How many threads there should be for work that keeps a core busy: one for each core that this process may use."""
+    return min(len(os.sched_getaffinity(0)), MOST_THREADS)
+
+
 class _Job(NamedTuple):
     work: Callable[[object], object]
     done: Callable[[object], None]
@@ -52,7 +61,7 @@ class Workers(Generic[Context]):
 
     def __init__(self, make: Callable[[], Context], count: int) -> None:
         self._make = make
-        self._count = count
+        self.count = count
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._results: deque[_Result] = deque()
         self._off = False
@@ -70,7 +79,7 @@ class Workers(Generic[Context]):
         """
         bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         threads = [
-            threading.Thread(target=self._work, args=(bell,), name="vfiostream-worker") for _ in range(self._count)
+            threading.Thread(target=self._work, args=(bell,), name="vfiostream-worker") for _ in range(self.count)
         ]
         try:
             for thread in threads:

@@ -1,4 +1,4 @@
-"""Transports by address: ``tcp:HOST:PORT``, ``tls:HOST:PORT``, ``quic:HOST:PORT``, ``unix:PATH``, ``file:PATH``.
+"""Transports by address, ``tcp:HOST:PORT`` for example: ours, and those that other distributions bring.
 
 The module of a scheme is imported when an address names it, so nobody pays for a transport he does not use. Such a
 module has ``connect(address, options)`` and ``listen(address, options)``, both async context managers, which get the
@@ -22,6 +22,10 @@ _SCHEMES = {
     "quic": ("quic:HOST:PORT", "vfiostream.transports.quic"),
     "unix": ("unix:PATH", "vfiostream.transports.stream"),
     "file": ("file:PATH", "vfiostream.transports.file"),
+    "exec": ("exec:COMMAND", "vfiostream.transports.program"),
+    "fd": ("fd:N", "vfiostream.transports.inherited"),
+    "stdio": ("stdio:", "vfiostream.transports.inherited"),
+    "systemd": ("systemd:", "vfiostream.transports.inherited"),
 }
 
 
@@ -39,16 +43,30 @@ def missing(error: ModuleNotFoundError, what: str, extra: str) -> UsageError:
 
 
 def _module_of(address: str, options: Options) -> _SchemeModule:
-    scheme, _, rest = address.partition(":")
-    if scheme not in _SCHEMES or not rest or "\0" in rest:
-        known = ", ".join(form for form, _ in _SCHEMES.values())
-        raise UsageError(f"{address!r} is not an address; write one of {known}")
-    try:
-        module = cast(_SchemeModule, importlib.import_module(_SCHEMES[scheme][1]))
-    except ModuleNotFoundError as error:
-        raise missing(error, address, scheme) from error
+    scheme, colon, rest = address.partition(":")
+    whole = colon and "\0" not in address
+    if whole and scheme in _SCHEMES and (rest or _SCHEMES[scheme][0] == address):
+        try:
+            module = importlib.import_module(_SCHEMES[scheme][1])
+        except ModuleNotFoundError as error:
+            raise missing(error, address, scheme) from error
+    else:
+        from vfiostream.transports import third_party  # with what reads the metadata of all that is installed
+
+        others = third_party.installed(_SCHEMES)
+        if not whole or scheme not in others:
+            known = ", ".join([*(form for form, _ in _SCHEMES.values()), *(f"{name}:" for name in sorted(others))])
+            raise UsageError(f"{address!r} is not an address; write one of {known}")
+        module = third_party.load(scheme, others[scheme])
     options.only(address, *getattr(module, "OPTIONS", ()))
-    return module
+    return cast(_SchemeModule, module)
+
+
+def check(address: str, options: Options) -> None:
+    """Raise what :func:`connect` and :func:`listen` raise of a scheme that is not there, or that has not what
+    ``options`` ask for. Opens nothing.
+    """
+    _module_of(address, options)
 
 
 @asynccontextmanager

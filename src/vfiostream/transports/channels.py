@@ -223,7 +223,7 @@ class ChannelsTransport(Transport):
         return False
 
     def _came(self, channel: Channel, head: Head) -> None:
-        position, length, kind = head
+        position, length, kind, _ = head
         if position < self._position or position in self._found:
             raise self._lied(channel, f"brings what has come already, at {position}")
         if self._end is not None and position + length > self._end:

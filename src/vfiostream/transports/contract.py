@@ -1,7 +1,7 @@
 """What a transport is: one ordered stream of bytes to somebody, or to a file.
 
 A transport moves buffers and knows nothing of frames. It is used by one task for sending and by one for receiving; the
-two may run at the same time. Every transport passes the suite in ``tests/transport_contract.py``.
+two may run at the same time. Every transport passes the suite in :mod:`vfiostream.testing`.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ from vfiostream.transports.write_behind import WriteBehind
 
 logger = logging.getLogger("vfiostream.transport")
 
-OPTIONS = frozenset({"replace"})
+OPTIONS = frozenset({"replace", "answers"})
 
 CLOSE_TIMEOUT = 5.0
 """Seconds ``aclose`` waits for a file system that hangs; closing then goes on by itself."""

@@ -8,8 +8,10 @@ from dataclasses import dataclass, fields
 from vfiostream.errors import TransportError, UsageError
 from vfiostream.transports.credentials import Credentials
 
-MAX_CHANNELS = 64
+MAX_CHANNELS = 16
 """Channels of a link."""
+RETURN_WITHIN = 25.0
+"""Seconds that who listens waits for a link to come back: less than the patience of a migration."""
 MIN_MEMORY = 1 << 20
 """Bytes that a link of several channels, or one that reconnects, needs at least."""
 
@@ -20,6 +22,11 @@ class Options:
 
     replace: bool = False
     """A file that exists may be replaced when the new one is finished."""
+
+    answers: bool = True
+    """Whether somebody at the other end is to answer: a link, for ``send`` and ``receive``. If not, one direction is
+    enough, for ``save`` and ``restore``, where a scheme has that; a file never answers.
+    """
 
     timeout: float | None = None
     """Seconds that opening may take; None for as long as the system tries. A limit around the context would end it."""
@@ -36,8 +43,15 @@ class Options:
     channels: int = 1
     """Connections that the link is made of, 1 to :data:`MAX_CHANNELS`. Who connects says it; who listens follows."""
 
+    reconnect: float | None = None
+    """Seconds that a link may be without a connection: it is opened anew meanwhile and goes on where it was. Who
+    connects says whether; who listens follows, and gives it :data:`RETURN_WITHIN` seconds where this is None.
+    """
+
     memory: int = 16 << 20
-    """Bytes that such a link may hold at this end: what a channel has still to take. At least :data:`MIN_MEMORY`."""
+    """Bytes that such links may hold at this end: what a channel has still to take, and copies of what the other end
+    has not acknowledged. At least :data:`MIN_MEMORY`.
+    """
 
     silent: bool = False
     """Who listens takes whoever connects at once, as a link of one connection, though he may wait for us to speak
@@ -47,6 +61,8 @@ class Options:
     def __post_init__(self) -> None:
         if not 1 <= self.channels <= MAX_CHANNELS:
             raise UsageError(f"a link of {self.channels} channels can't be: 1 to {MAX_CHANNELS} can")
+        if self.reconnect is not None and not self.reconnect > 0:
+            raise UsageError(f"{self.reconnect} s are no time to reconnect in: give it some, or do without")
         if self.memory < MIN_MEMORY:
             raise UsageError(f"a link can't do with {self.memory} bytes of memory: give it {MIN_MEMORY} or more")
 
@@ -54,6 +70,11 @@ class Options:
         """Raise :class:`~vfiostream.errors.UsageError` where something is asked for that is not among ``names``: what a
         scheme does not know must not be ignored.
         """
+        if not self.answers and "answers" not in names:
+            raise UsageError(
+                f"{address}: that is a link, which says of no checkpoint that it is kept; use send and receive, or "
+                "write file:PATH, or exec:COMMAND for a program that keeps it"
+            )
         for field in fields(self):
             if (
                 field.name not in ("timeout", "refused", "memory", *names)

@@ -88,6 +88,11 @@ class PolledTransport(Transport):
         """
         return False
 
+    @property
+    def silent(self) -> float:
+        """For how many seconds nothing was acknowledged, where something has to be; 0 also where that is not known."""
+        return 0.0
+
     async def room(self) -> None:
         """Wait until :meth:`offer` may get rid of something. Raises as ``send``."""
         try:

@@ -11,6 +11,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from time import monotonic
 from typing import NamedTuple
 
@@ -23,9 +24,10 @@ from vfiostream.errors import PeerRefused, TransportError, UsageError
 from vfiostream.transports.background import background
 from vfiostream.transports.contract import Transport
 from vfiostream.transports.credentials import Credentials, required
+from vfiostream.transports.joining import joined
 from vfiostream.transports.options import Options
 from vfiostream.transports.polled import PolledTransport
-from vfiostream.transports.quic_connection import MOST_STREAMS, Connection
+from vfiostream.transports.quic_connection import WINDOW, Connection
 from vfiostream.transports.quic_endpoint import (
     ETHERNET_DATAGRAM,
     SAFE_DATAGRAM,
@@ -44,12 +46,15 @@ __all__ = ["OPTIONS", "connect", "connect_many", "listen"]
 
 logger = logging.getLogger("vfiostream.transport")
 
-OPTIONS = frozenset({"credentials"})
+OPTIONS = frozenset({"credentials", "channels", "silent"})
 
 LARGE_DATAGRAM = 9000
 """Bytes of a datagram that are worth having: larger ones fill the kernel's batches worse and moved less on loopback."""
 LARGE_TRIED = 3.0
 """Seconds after which a handshake that tries large datagrams is given up for one without."""
+
+
+_NEVER = float("inf")
 
 
 class _Session(NamedTuple):
@@ -135,34 +140,33 @@ class _Caller(Endpoint):
 
 @asynccontextmanager
 async def connect(address: str, options: Options) -> AsyncIterator[Transport]:
-    """Connect to whoever listens at ``address``, over one stream."""
-    async with connect_many(address, options, 1) as streams:
-        yield streams[0]
+    """Connect to whoever listens at ``address``; each channel is a stream of one connection."""
+    async with joined(address, options, partial(connect_many, address, options)) as link:
+        yield link
 
 
 @asynccontextmanager
 async def connect_many(address: str, options: Options, count: int) -> AsyncIterator[Sequence[PolledTransport]]:
-    """Connect to whoever listens at ``address``, over ``count`` streams of one connection. The listener's ``accept``
-    gives each of them, in the same order.
+    """Connect to whoever listens at ``address``, over ``count`` streams of one connection, 1 to
+    :data:`~vfiostream.transports.options.MAX_CHANNELS`. The listener gets each of them, in any order.
     """
-    credentials = required(options.credentials, address)
-    if not 0 < count <= MOST_STREAMS:
-        raise UsageError(f"{address}: a connection has 1 to {MOST_STREAMS} streams; ask for so many")
-    async with _called(address, options, credentials) as connection:
-        yield connection.open(count)
+    async with _called(address, options) as connection:
+        yield [connection.open(WINDOW // count) for _ in range(count)]
 
 
 @asynccontextmanager
-async def _called(address: str, options: Options, credentials: Credentials) -> AsyncIterator[Connection]:
+async def _called(address: str, options: Options) -> AsyncIterator[Connection]:
     """A connection to the first host of ``address`` that answers; with large datagrams, where they arrive."""
+    credentials = required(options.credentials, address)
     context = context_of(credentials)
     host, port = host_and_port(address)
     if port == 0:
         raise UsageError(f"{address!r} has port 0, which can't be connected to; write the port the other end shows")
+    until = _NEVER if options.timeout is None else monotonic() + options.timeout
     async with AsyncExitStack() as stack:
         for family, target in await targets_of(address, host, port):
             for large in (True, False):
-                call = _Call(address, host, family, target, options.timeout, credentials, context, large)
+                call = _Call(address, host, family, target, options, until, credentials, context, large)
                 try:
                     connection = await stack.enter_async_context(_calling(call))
                 except _TooLarge:
@@ -188,7 +192,9 @@ class _Call(NamedTuple):
     host: str
     family: socket.AddressFamily
     target: Address
-    timeout: float | None
+    options: Options
+    until: float
+    """When it is given up, on the clock of ``time.monotonic``."""
     credentials: Credentials
     context: SSL.Context
     large: bool
@@ -231,15 +237,16 @@ async def _calling(call: _Call) -> AsyncIterator[Connection]:
 
 async def _introduced(caller: _Caller, call: _Call) -> None:
     """Wait until both ends believe each other."""
+    left = call.until - monotonic()
     try:
-        with anyio.fail_after(LARGE_TRIED if call.large else call.timeout):
+        with anyio.fail_after(min(left, LARGE_TRIED) if call.large else left):
             await caller.introduced()
     except TimeoutError as error:
-        if call.large:
+        if call.large and left > LARGE_TRIED:
             logger.debug("%s: large datagrams do not arrive", call.address)
             raise _TooLarge from error
         raise TransportError(
-            f"{call.address}: nobody answered within {call.timeout:g} s; check the address and the network"
+            f"{call.address}: nobody answered within {call.options.timeout:g} s; check the address and the network"
         ) from error
 
 

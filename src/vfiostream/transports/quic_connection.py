@@ -26,6 +26,7 @@ import anyio
 from qh3 import QuicConnection, quic_events
 
 from vfiostream.errors import StreamError, TransportError
+from vfiostream.transports.options import MAX_CHANNELS
 from vfiostream.transports.quic_peer import Handshake
 from vfiostream.transports.quic_stream import LIBRARY_ERRORS, QuicStream
 from vfiostream.transports.udp import Address, Here
@@ -36,8 +37,6 @@ logging.getLogger("quic").setLevel(logging.CRITICAL)
 
 WINDOW = 16 << 20
 """Bytes of all streams of a connection that may be under way: what 1 Gbit/s moves in a round trip of 130 ms."""
-MOST_STREAMS = 16
-"""Streams of one connection."""
 IDLE = 30.0
 """Seconds without a sign of life after which a connection counts as lost."""
 PING_EVERY = 10.0
@@ -68,6 +67,8 @@ class Kind(enum.IntEnum):
     """The stream was read up to the position."""
     ARRIVED = 3
     """All of the stream has arrived."""
+    LEFT = 4
+    """The stream was read up to the position, and nobody reads on. QUIC's own STOP_SENDING would not come in order."""
 
 
 class Connection:
@@ -208,19 +209,21 @@ class Connection:
 
     # ---- for streams
 
-    def open(self, count: int) -> list[QuicStream]:
-        """Open ``count`` streams; the listener gets them in any order."""
-        window = WINDOW // count
-        streams = []
-        for number in range(4, 4 * count + 4, 4):
-            streams.append(QuicStream(self, number, self.address, window))
-            self.streams[number] = streams[-1]
-            self.quic.send_stream_data(number, _WINDOW.pack(window))
+    def open(self, window: int) -> QuicStream:
+        """A new stream, of which so many bytes may be under way. The listener gets those of a connection in any order;
+        the windows of all together are :data:`WINDOW` at most.
+        """
+        number = self.quic.get_next_available_stream_id()
+        stream = self.streams[number] = QuicStream(self, number, self.address, window)
+        self.quic.send_stream_data(number, _WINDOW.pack(window))
         self.wake()
-        return streams
+        return stream
 
     def consumed(self, stream: QuicStream) -> None:
         self._tell(Kind.READ, stream.number, stream.read)
+
+    def left(self, stream: QuicStream) -> None:
+        self._tell(Kind.LEFT, stream.number, stream.read)
 
     @property
     def under_way(self) -> bool:
@@ -257,9 +260,6 @@ class Connection:
                 raise StreamError("stream 0", "was broken off")
             if stream := self.streams.get(event.stream_id):
                 stream.break_off()
-        elif isinstance(event, quic_events.StopSendingReceived):
-            if stream := self.streams.get(event.stream_id):
-                stream.stop()
         elif isinstance(event, quic_events.ConnectionIdIssued):
             self._known[event.connection_id] = self
         elif isinstance(event, quic_events.ConnectionIdRetired):
@@ -282,7 +282,7 @@ class Connection:
 
     def _begin(self, number: int, data: bytes) -> tuple[QuicStream | None, bytes]:
         """A stream that the peer opens, once its window is known, and what follows that of ``data``."""
-        if not self.believed or self._opened is None or number % 4 or number > 4 * MOST_STREAMS:
+        if not self.believed or self._opened is None or number % 4 or number > 4 * MAX_CHANNELS:
             raise StreamError(f"stream {number}", "was opened by an end that may not")
         data = self._begun.pop(number, b"") + data
         if len(data) < _WINDOW.size:
@@ -374,6 +374,10 @@ class Connection:
             raise StreamError("a record", "names a stream that is not open")
         if kind == Kind.READ:
             stream.read_there(position)
+        elif kind == Kind.LEFT:
+            stream.read_there(position)
+            stream.stop()
+            self._notify()
         elif kind == Kind.ARRIVED:
             stream.arrived_there()
             self._notify()

@@ -24,6 +24,7 @@ from qh3.quic.packet import QuicHeader, QuicPacketType, encode_quic_retry, pull_
 
 from vfiostream.ending import to_the_end
 from vfiostream.errors import PeerRefused, StreamError, TransportError
+from vfiostream.transports.arrivals import arrivals
 from vfiostream.transports.background import background
 from vfiostream.transports.contract import Listener
 from vfiostream.transports.credentials import Credentials, required
@@ -232,7 +233,7 @@ class QuicListener(Listener):
 
 
 @asynccontextmanager
-async def listen(address: str, options: Options) -> AsyncIterator[QuicListener]:
+async def listen(address: str, options: Options) -> AsyncIterator[Listener]:
     """Listen at ``address``; of a host with several addresses, at the first that can be bound."""
     credentials = required(options.credentials, address)
     host, port = host_and_port(address)
@@ -252,11 +253,10 @@ async def listen(address: str, options: Options) -> AsyncIterator[QuicListener]:
         answerer = _Answerer(UdpSocket(sock, listens=True), text_of(sock.getsockname()), options, credentials)
         logger.debug("%s: listening", answerer.address)
         async with background(answerer.read, answerer.keep_time):
-            listener = QuicListener(answerer)
             try:
-                yield listener
+                async with arrivals(QuicListener(answerer), options) as senders:
+                    yield senders
             finally:
-                await listener.aclose()
                 await to_the_end(answerer.hang_up)
 
 

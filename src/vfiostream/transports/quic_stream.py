@@ -57,6 +57,9 @@ class Carrier(Protocol):
     def consumed(self, stream: QuicStream) -> None:
         """Tell the peer how far the stream was read."""
 
+    def left(self, stream: QuicStream) -> None:
+        """Tell it that no more will be."""
+
 
 class QuicStream(PolledTransport):
     """A stream in both directions. The connection calls what has no underscore and is not in the contract."""
@@ -221,6 +224,8 @@ class QuicStream(PolledTransport):
             raise self._just_ended() from error
         self._carrier.wake()
         while not self._arrived_there:
+            if self._read_there == self._sent and (self._refused or self._carrier.failure):
+                return  # Who has read all may leave without waiting for the end.
             self._check_sending()
             self._room = anyio.Event()
             await self._room.wait()
@@ -235,7 +240,7 @@ class QuicStream(PolledTransport):
         quic = self._carrier.quic
         try:
             if not (self._ended or self._broken):
-                quic.stop_stream(self.number, 0)
+                self._carrier.left(self)
             if self._torn and not self._refused:
                 quic.reset_stream(self.number, 0)
             elif not (self._finished or self._refused):

@@ -14,8 +14,10 @@ import os
 import re
 import socket
 import stat
+import struct
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 
 import anyio
 import anyio.lowlevel
@@ -24,13 +26,13 @@ from vfiostream.buffers import Buffer
 from vfiostream.errors import TransportError, UsageError
 from vfiostream.transports.arrivals import arrivals
 from vfiostream.transports.contract import Listener, Transport
-from vfiostream.transports.joining import joined
+from vfiostream.transports.joining import joined, side_by_side
 from vfiostream.transports.options import MAX_CHANNELS, Options
 from vfiostream.transports.polled import PolledTransport
 
 logger = logging.getLogger("vfiostream.transport")
 
-OPTIONS = frozenset({"plain", "channels", "silent"})
+OPTIONS = frozenset({"plain", "channels", "reconnect", "silent"})
 
 KEEPALIVE_IDLE = 10
 """Seconds without a sign of life after which the kernel asks the peer for one."""
@@ -62,6 +64,10 @@ LOOPBACK = "127.0.0.1"
 _PLACE = re.compile(r"(?:\[(?P<bracketed>[^][]+)\]|(?P<plain>[^][:]*)):(?P<port>[0-9]{1,5})")
 
 
+_TCP_INFO = struct.Struct("<3xB20xI28xI")
+"""Of struct tcp_info (linux/tcp.h): tcpi_probes, tcpi_unacked and tcpi_last_ack_recv, in milliseconds."""
+
+
 class SocketTransport(PolledTransport):
     """A connected stream socket, non-blocking, which this object owns."""
 
@@ -76,6 +82,14 @@ class SocketTransport(PolledTransport):
 
     def _read(self, into: Sequence[memoryview]) -> int:
         return self._sock.recvmsg_into(into)[0]
+
+    @property
+    def silent(self) -> float:
+        if self._closed or self._sock.family == socket.AF_UNIX:
+            return 0.0
+        info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+        probes, unacknowledged, since = _TCP_INFO.unpack(info)
+        return since / 1000 if probes or unacknowledged else 0.0
 
     async def _writable(self) -> None:
         await anyio.wait_writable(self._sock)
@@ -160,7 +174,7 @@ async def connect(address: str, options: Options) -> AsyncIterator[Transport]:
     async def dial() -> PolledTransport:
         return SocketTransport(await connect_socket(address), address)
 
-    async with joined(address, options, dial) as link:
+    async with joined(address, options, partial(side_by_side, address, options.timeout, dial)) as link:
         yield link
 
 
@@ -213,7 +227,7 @@ async def listen(address: str, options: Options) -> AsyncIterator[Listener]:
     everybody may: so it has to be one of the loopback, unless ``options.plain`` says that the network is trusted.
     """
     if address.startswith("unix:"):
-        options.only(address, "channels", "silent")
+        options.only(address, "channels", "reconnect", "silent")
     async with arrivals(await listen_socket(address, trusted=options.plain), options) as listener:
         yield listener
 
@@ -323,8 +337,14 @@ def _socket(family: socket.AddressFamily) -> socket.socket:
     """A non-blocking socket; what ``accept`` makes of a listening one inherits its options (tcp(7)), but not
     that, nor the buffer of a UNIX one: who listens only answers."""
     sock = socket.socket(family, socket.SOCK_STREAM)
+    tune(sock)
+    return sock
+
+
+def tune(sock: socket.socket) -> None:
+    """Make a stream socket what the transports and listeners here take."""
     sock.setblocking(False)
-    if family == socket.AF_UNIX:
+    if sock.family == socket.AF_UNIX:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNIX_SEND_BUFFER)
     else:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -332,7 +352,6 @@ def _socket(family: socket.AddressFamily) -> socket.socket:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)
-    return sock
 
 
 async def _close(sock: socket.socket) -> None:

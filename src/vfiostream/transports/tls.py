@@ -21,6 +21,7 @@ import socket
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from contextlib import asynccontextmanager, closing
+from functools import partial
 
 import anyio
 import anyio.lowlevel
@@ -34,7 +35,7 @@ from vfiostream.transports.background import Background, background
 from vfiostream.transports.channel import Signal
 from vfiostream.transports.contract import Listener, Transport
 from vfiostream.transports.credentials import Credentials, required
-from vfiostream.transports.joining import joined
+from vfiostream.transports.joining import joined, side_by_side
 from vfiostream.transports.options import MAX_CHANNELS, Options
 from vfiostream.transports.polled import PolledTransport
 from vfiostream.transports.stream import WAKE_AT, SocketListener, SocketTransport
@@ -42,7 +43,7 @@ from vfiostream.transports.tls_trust import GREETING, REFUSED_BY_US, Judge, Trou
 
 logger = logging.getLogger("vfiostream.transport")
 
-OPTIONS = frozenset({"credentials", "channels", "silent"})
+OPTIONS = frozenset({"credentials", "channels", "reconnect", "silent"})
 
 HANDSHAKE_TIMEOUT = 10.0
 """Seconds that a handshake may take."""
@@ -367,7 +368,7 @@ async def connect(address: str, options: Options) -> AsyncIterator[Transport]:
         sock = await stream.connect_socket(address)
         return await _handshake(sock, context, credentials, address, host=host)
 
-    async with joined(address, options, dial) as link:
+    async with joined(address, options, partial(side_by_side, address, options.timeout, dial)) as link:
         yield link
 
 

@@ -18,6 +18,8 @@ from vfiostream.transports.credentials import Credentials
 
 MAX_FILE = 1 << 20
 """Bytes that a file with certificates or a key may have."""
+MAX_NAMES = 200
+"""Letters that are repeated of the names in a certificate."""
 GREETING = "greeting"
 """What is being done until both ends believe each other."""
 
@@ -50,7 +52,10 @@ class Judge:
                 return True
             self.problem = self._no_chain()
             return False
-        problem = self._objection(shown.to_cryptography(), flaw)
+        try:
+            problem = self._objection(shown.to_cryptography(), flaw)
+        except ValueError as error:  # of cryptography, which is stricter than OpenSSL
+            problem = f"the other end's certificate can't be understood ({error}); give that end another one"
         self.believed = problem is None
         if problem is not None:
             self.problem = problem
@@ -123,7 +128,8 @@ def _names(certificate: x509.Certificate) -> str:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except (x509.ExtensionNotFound, ValueError):
         return "nobody"
-    return ", ".join(str(name.value) for name in names) or "nobody"
+    text = ", ".join(str(name.value) for name in names)[:MAX_NAMES]
+    return "".join(letter if letter.isprintable() else "?" for letter in text) or "nobody"
 
 
 # ---- what the files say
@@ -193,6 +199,8 @@ class Trouble:
             return self.lost(error.args[0], doing)
         reason = reason_of(error)
         _, is_alert, alert = reason.partition(" alert ")
+        if is_alert and doing != GREETING:
+            return TransportError(f"{self._address}: the other end has ended TLS ({alert}); see there why")
         if is_alert:
             return PeerRefused(f"{self._address}: {self._told(alert)}")
         if doing == GREETING and reason in _OLDER:

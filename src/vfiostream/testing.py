@@ -1,17 +1,24 @@
-"""What every transport must do, as a suite to inherit from.
+"""What every transport must do, as a suite for its author to inherit from: the one our own transports are held to.
 
-``TransportContract`` holds for everything that moves bytes, a file too; ``LinkContract`` adds what holds where both
-ends are open at once. A test class names its transport by overriding :meth:`TransportContract.sender` and
-:meth:`~TransportContract.receiver` or, for a link, :meth:`LinkContract.pair`::
+:class:`TransportContract` holds for everything that moves bytes, a file too; :class:`PipeContract` adds what holds
+where both ends are open at once, and :class:`LinkContract` what holds where the other end answers. A test class says
+how its transport is made by overriding :meth:`TransportContract.sender` and :meth:`~TransportContract.receiver` or,
+where both ends are open at once, :meth:`PipeContract.pair`::
 
     class TestCarrierPigeon(LinkContract):
         @asynccontextmanager
         async def pair(self):
-            ...
-            yield sender, receiver
+            async with connect("pigeon:there") as sender, listen("pigeon:here") as listener:
+                yield sender, await listener.accept()
+
+It needs the extra ``testing``. anyio's plugin for pytest runs the tests on what the fixture ``anyio_backend`` names:
+without one of your own, on asyncio and on trio. In ``conftest.py``,
+``pytest.register_assert_rewrite("vfiostream.testing")`` makes a failed assertion tell values, and with
+``filterwarnings = ["error"]`` a descriptor that is left open fails a test.
 
 Both ends of a link are closed by the suite; between them it has to hold 2000 bytes and less than 64 MiB. Nothing here
-waits for time to pass: ``wait_all_tasks_blocked`` says when a task has come to where it waits.
+waits for time to pass: ``wait_all_tasks_blocked`` says when a task has come to where it waits, so a transport with a
+task that never rests can't be tested with this. All that a test does has 30 seconds.
 """
 
 from __future__ import annotations
@@ -287,8 +294,8 @@ class TransportContract(ABC):
                 assert sender.answers is receiver.answers
 
 
-class LinkContract(TransportContract):
-    """For transports with somebody at the other end."""
+class PipeContract(TransportContract):
+    """For transports of which both ends are open at once, if only in one direction."""
 
     @abstractmethod
     def pair(self) -> AbstractAsyncContextManager[tuple[Transport, Transport]]:
@@ -314,36 +321,6 @@ class LinkContract(TransportContract):
             tasks.start_soon(send_all, sender, sends)
             received += await receive_all(receiver, space)
         return bytes(received)
-
-    async def test_somebody_may_answer(self) -> None:
-        async with self.link() as (sender, receiver):
-            assert sender.answers
-            await sender.send([b"question"])
-            assert await receive_exactly(receiver, 8) == b"question"
-            await receiver.send([b"answer"])
-            assert await receive_exactly(sender, 6) == b"answer"
-
-    async def test_both_directions_at_once(self) -> None:
-        back = NOISE[::-1]
-        received: dict[str, bytes] = {}
-
-        async def receive_as(name: str, transport: Transport) -> None:
-            received[name] = await receive_all(transport)
-
-        async with self.link() as (sender, receiver), anyio.create_task_group() as tasks:
-            tasks.start_soon(send_all, sender, [[NOISE]] * 4)
-            tasks.start_soon(send_all, receiver, [[back]] * 4)
-            tasks.start_soon(receive_as, "there", receiver)
-            tasks.start_soon(receive_as, "back", sender)
-        assert received["there"] == NOISE * 4
-        assert received["back"] == back * 4
-
-    async def test_an_answer_after_the_other_end_has_finished(self) -> None:
-        async with self.link() as (sender, receiver):
-            await send_all(sender, [[b"all of it"]])
-            assert await receive_all(receiver) == b"all of it"
-            await send_all(receiver, [[b"thanks"]])
-            assert await receive_all(sender) == b"thanks"
 
     async def test_send_waits_while_nobody_reads_and_goes_on_after(self) -> None:
         chunk = NOISE[:MIB]
@@ -417,15 +394,6 @@ class LinkContract(TransportContract):
             assert 0 < len(received) < MORE_THAN_FITS
             assert received == (chunk * (len(received) // MIB + 1))[: len(received)]
 
-    async def test_receive_works_on_after_the_other_direction_was_torn(self) -> None:
-        async with self.link() as (sender, receiver):
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(sender.send, [bytes(MORE_THAN_FITS)])
-                await anyio.wait_all_tasks_blocked()
-                tasks.cancel_scope.cancel()
-            await send_all(receiver, [[b"I gave up"]])
-            assert await receive_all(sender) == b"I gave up"
-
     async def test_a_send_that_stopped_part_way_leaves_no_view_behind(self) -> None:
         async def send_and_lose(transport: Transport, view: memoryview) -> None:
             with pytest.raises(ConnectionLost) as caught:
@@ -465,18 +433,6 @@ class LinkContract(TransportContract):
             await anyio.wait_all_tasks_blocked()
             await receiver.aclose()
 
-    async def test_a_link_that_was_lost_never_looks_finished(self) -> None:
-        """The system reports a reset once, perhaps to the direction that sends, and an end of the stream from then."""
-        async with self.link() as (sender, receiver):
-            await sender.send([b"unread"])
-            await anyio.wait_all_tasks_blocked()
-            await receiver.aclose()
-            with pytest.raises(ConnectionLost):
-                await send_for_ever(sender)
-            for _ in range(3):
-                with pytest.raises(ConnectionLost):
-                    await sender.receive([memoryview(bytearray(1))])
-
     async def test_the_peer_closes_while_a_receive_waits(self) -> None:
         async with self.link() as (sender, receiver), anyio.create_task_group() as tasks:
             tasks.start_soon(receive_until_gone, receiver)
@@ -508,3 +464,58 @@ class LinkContract(TransportContract):
             tasks.start_soon(send_and_be_closed, sender)
             await anyio.wait_all_tasks_blocked()
             await sender.aclose()
+
+
+class LinkContract(PipeContract):
+    """For transports with somebody at the other end, who answers."""
+
+    async def test_somebody_may_answer(self) -> None:
+        async with self.link() as (sender, receiver):
+            assert sender.answers
+            await sender.send([b"question"])
+            assert await receive_exactly(receiver, 8) == b"question"
+            await receiver.send([b"answer"])
+            assert await receive_exactly(sender, 6) == b"answer"
+
+    async def test_both_directions_at_once(self) -> None:
+        back = NOISE[::-1]
+        received: dict[str, bytes] = {}
+
+        async def receive_as(name: str, transport: Transport) -> None:
+            received[name] = await receive_all(transport)
+
+        async with self.link() as (sender, receiver), anyio.create_task_group() as tasks:
+            tasks.start_soon(send_all, sender, [[NOISE]] * 4)
+            tasks.start_soon(send_all, receiver, [[back]] * 4)
+            tasks.start_soon(receive_as, "there", receiver)
+            tasks.start_soon(receive_as, "back", sender)
+        assert received["there"] == NOISE * 4
+        assert received["back"] == back * 4
+
+    async def test_an_answer_after_the_other_end_has_finished(self) -> None:
+        async with self.link() as (sender, receiver):
+            await send_all(sender, [[b"all of it"]])
+            assert await receive_all(receiver) == b"all of it"
+            await send_all(receiver, [[b"thanks"]])
+            assert await receive_all(sender) == b"thanks"
+
+    async def test_receive_works_on_after_the_other_direction_was_torn(self) -> None:
+        async with self.link() as (sender, receiver):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(sender.send, [bytes(MORE_THAN_FITS)])
+                await anyio.wait_all_tasks_blocked()
+                tasks.cancel_scope.cancel()
+            await send_all(receiver, [[b"I gave up"]])
+            assert await receive_all(sender) == b"I gave up"
+
+    async def test_a_link_that_was_lost_never_looks_finished(self) -> None:
+        """The system reports a reset once, perhaps to the direction that sends, and an end of the stream from then."""
+        async with self.link() as (sender, receiver):
+            await sender.send([b"unread"])
+            await anyio.wait_all_tasks_blocked()
+            await receiver.aclose()
+            with pytest.raises(ConnectionLost):
+                await send_for_ever(sender)
+            for _ in range(3):
+                with pytest.raises(ConnectionLost):
+                    await sender.receive([memoryview(bytearray(1))])
