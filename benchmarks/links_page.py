@@ -37,7 +37,7 @@ def render(result: Result) -> str:
         ]
     if of["settings"]:
         parts += ["#### What settings of both hosts change", _plain(of["settings"])]
-    if of["away"]:
+    if len(of["away"]) == 2:
         parts += ["#### A link that is away for a while", _away(of["away"])]
     if group.rows:
         parts += ["#### What must be reached", *comparisons(group.rows)]
