@@ -51,6 +51,9 @@ UNASKED = [name for name in GROUPS if name != "links"]
 
 def main() -> int:
     options = _options()
+    if options.render:
+        _render(FOLDER, page.PAGE)
+        return 0
     plan = Plan.smoke() if options.quick else Plan()
     plan = replace(plan, pairs=options.pairs or plan.pairs, disk=options.disk or plan.disk)
     result = Result(
@@ -64,8 +67,9 @@ def main() -> int:
     # What is not whole, or not measured for long enough, is kept from the page of the repository.
     folder = BUILD / "only" if options.only else BUILD / "quick" if plan.quick else FOLDER
     for name in options.groups or UNASKED:
-        result.groups[name] = _run(name, plan, options.only)
-        kept = result.write(folder)  # after each, so that what has been measured is not lost
+        result.groups[name] = Group()
+        for _ in _run(name, plan, options.only, result.groups[name]):
+            kept = result.write(folder)  # after each, so that what has been measured is not lost
     print(f"\nkept in {kept}")
     if not options.only:
         _render(folder, BUILD / "quick" / "performance.md" if plan.quick else page.PAGE)
@@ -78,6 +82,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small, to see that everything runs; written to build/")
     parser.add_argument("--pairs", type=int, help="how many times both sides run")
     parser.add_argument("--disk", type=Path, help="a folder on a disk, for what has to be durable")
+    parser.add_argument("--render", action="store_true", help="measure nothing: show what is kept")
     parser.add_argument("--only", help="of a group, what has this in its name; the page is not rendered then")
     options = parser.parse_args()
     unknown = set(options.groups) - set(GROUPS)
@@ -88,9 +93,10 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _run(name: str, plan: Plan, only: str | None) -> Group:
-    """One group; what can't run is said, and the rest goes on."""
-    group = Group()
+def _run(name: str, plan: Plan, only: str | None, group: Group) -> Iterator[None]:
+    """Measure one group and put it into ``group``, where there is more at each step. What can't run is said, and the
+    rest goes on.
+    """
     for measurement in GROUPS[name]:
         if only and only not in measurement.__name__:
             continue
@@ -103,9 +109,10 @@ def _run(name: str, plan: Plan, only: str | None) -> Group:
                 else:
                     group.table.append(found)
                     print(f"  {found}", flush=True)
+                yield
         except CannotRun as error:
             _failed(group, f"{measurement.__name__.replace('_', ' ')}: {error}")
-    return group
+    yield
 
 
 def _failed(group: Group, failure: str) -> None:

@@ -63,8 +63,9 @@ class Network:
     there = ("ip", "netns", "exec", "there")
     address = "10.5.2.1"
     """Of the second host."""
-    other_address = "10.5.1.3"
-    """One that the first host can change to."""
+
+    def __init__(self) -> None:
+        self._here, self._next = "10.5.1.1", "10.5.1.3"
 
     def shape(self, link: Link | None) -> None:
         """Be ``link`` from now on; None: hinder nothing. What is under way arrives as it was to."""
@@ -88,9 +89,10 @@ class Network:
         return sum(qdisc["drops"] for device in ("net0", "net1") for qdisc in _queues(device))
 
     def change_address(self) -> None:
-        """Take the first host's address away and give it another."""
-        _run("ip", "-n", "here", "address", "delete", "10.5.1.1/24", "dev", "here0")
-        _run("ip", "-n", "here", "address", "add", f"{self.other_address}/24", "dev", "here0")
+        """Take the first host's address away and give it another; the next time, the first one again."""
+        _run("ip", "-n", "here", "address", "delete", f"{self._here}/24", "dev", "here0")
+        self._here, self._next = self._next, self._here
+        _run("ip", "-n", "here", "address", "add", f"{self._here}/24", "dev", "here0")
         # The kernel took what went through the old one along.
         _run("ip", "-n", "here", "route", "replace", "default", "via", "10.5.1.2")
 

@@ -1,10 +1,10 @@
 """Migrations over the links that there are: delay, loss and rate of Linux's netem, between two hosts of the User-Mode
 Linux of scripts/test-kernel. What a kind of link moves there, and what it does when the way is gone for a while.
 
-Each round boots a Linux of its own (``inside``), where every kind moves the same, one after the other; the order is
-turned round by round. That Linux has one processor for both hosts and the network, which limits what a link of 1 Gbit/s
-carries: so the first table says what the kinds move where nothing hinders them. A round during which the machine stood
-still, or in which a process was lost, is forgotten and run again.
+In each round every kind moves the same, one after the other, each in a Linux that is booted for it (``inside``); the
+order is turned round by round. That Linux has one processor for both hosts and the network, which limits what a link of
+1 Gbit/s carries: so the first table says what the kinds move where nothing hinders them. A move during which the
+machine stood still, or in which a process was lost, is forgotten and run again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import count
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,13 +33,13 @@ UNHINDERED = Link()
 AWAY = 5.0
 """Seconds for which a link is away."""
 STOOD = 1.0
-"""Seconds without a look at the clock that make a round worthless."""
-ATTEMPTS = 4
-"""At one round."""
+"""Seconds without a look at the clock that make a move worthless."""
+ATTEMPTS = 6
+"""At one move."""
 LONGEST = 90
 """Seconds for one move: a guest in which one hangs is given up."""
 GUESTS = 2
-"""At a time, where the link is slow enough to leave processors idle."""
+"""At a time, where loss leaves processors idle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,21 +105,31 @@ def size_for(link: Link) -> int:
 
 
 def rounds_of(visit: Visit, number: int) -> tuple[list[dict[str, Run]], int]:
-    """That many rounds, and how many were forgotten. Raises :class:`CannotRun`."""
-    rounds: list[dict[str, Run]] = []
-    forgotten = 0
-    while len(rounds) < number:
-        kinds = list(visit.kinds) if len(rounds) % 2 == 0 else list(visit.kinds)[::-1]
-        for attempt in count(1):
-            try:
-                rounds.append(_boot(Visit(visit.link, kinds, visit.size, visit.away)))
-            except CannotRun:
-                if attempt == ATTEMPTS:
-                    raise
-                forgotten += 1
-            else:
-                break
-    return rounds, forgotten
+    """That many rounds, and how many moves were forgotten. Raises :class:`CannotRun`."""
+    kinds = list(visit.kinds)
+    orders = [kinds if number % 2 == 0 else kinds[::-1] for number in range(number)]
+    with ThreadPoolExecutor(GUESTS if _is_idle(visit.link) else 1) as pool:
+        done = list(pool.map(lambda order: [(kind, *_moved(replace(visit, kinds=[kind]))) for kind in order], orders))
+    forgotten = sum(attempts - 1 for moves in done for _, _, attempts in moves)
+    return [{kind: run for kind, run, _ in moves} for moves in done], forgotten
+
+
+def _is_idle(link: Link) -> bool:
+    """Whether it is so slow, whoever uses it, that processors wait for it."""
+    return link.delay > 1 and link.loss > 0
+
+
+def _moved(visit: Visit) -> tuple[Run, int]:
+    """What the one kind of ``visit`` did, and in which attempt. Each has a Linux of its own, and is repeated alone."""
+    for attempt in count(1):
+        try:
+            (run,) = _boot(visit).values()
+        except CannotRun:
+            if attempt == ATTEMPTS:
+                raise
+        else:
+            return run, attempt
+    raise AssertionError("count ends")
 
 
 def _boot(visit: Visit) -> dict[str, Run]:
@@ -162,18 +172,8 @@ def line(table: str, visit: Visit, rounds: Sequence[Mapping[str, Run]], forgotte
 
 
 def _lines(plan: Plan, table: str, visits: Sequence[Visit]) -> Iterator[dict[str, Any]]:
-    """Those of ``visits``, in their order; slow links two at a time."""
-
-    def measure(visit: Visit) -> dict[str, Any]:
-        return line(table, visit, *rounds_of(visit, 1 if plan.quick else min(plan.pairs, 3)))
-
-    slow = [visit for visit in visits if visit.size <= 64 * MIB]
-    with ThreadPoolExecutor(GUESTS) as pool:
-        waiting = {id(visit): pool.submit(measure, visit) for visit in slow}
-        for future in waiting.values():
-            future.exception()
     for visit in visits:
-        yield waiting[id(visit)].result() if id(visit) in waiting else measure(visit)
+        yield line(table, visit, *rounds_of(visit, 1 if plan.quick else min(plan.pairs, 3)))
 
 
 def unhindered(plan: Plan) -> Iterator[dict[str, Any]]:
@@ -183,8 +183,9 @@ def unhindered(plan: Plan) -> Iterator[dict[str, Any]]:
 
 
 def grid(plan: Plan) -> Iterator[dict[str, Any]]:
-    """Every delay with every loss and rate."""
+    """Every delay with every loss and rate; first those that are the least trouble."""
     links = [Link(delay, loss, rate) for delay in DELAYS for loss in LOSSES for rate in RATES]
+    links.sort(key=lambda link: not _is_idle(link))
     if plan.quick:
         links = links[:1]
     yield from _lines(plan, "grid", [Visit(link, IN_GRID, MIB if plan.quick else size_for(link)) for link in links])
@@ -234,10 +235,10 @@ def channels_with_loss(plan: Plan) -> Iterator[Row]:
 
 
 MEASUREMENTS: Sequence[Callable[[Plan], Iterator[Row | dict[str, Any]]]] = (
-    unhindered,
     grid,
-    settings_of_a_host,
     away,
     quic_where_it_is_worst,
     channels_with_loss,
+    settings_of_a_host,
+    unhindered,
 )

@@ -31,10 +31,13 @@ def render(result: Result) -> str:
     if of["unhindered"]:
         parts += ["#### Where nothing hinders", _unhindered(of["unhindered"][0])]
     if of["grid"]:
-        parts += ["#### What to take where", _grid(of["grid"])]
+        parts += [
+            "#### What to take where",
+            _grid(sorted(of["grid"], key=lambda line: (line["delay"], line["loss"], line["rate"]))),
+        ]
     if of["settings"]:
         parts += ["#### What settings of both hosts change", _plain(of["settings"])]
-    if of["away"]:
+    if len(of["away"]) == 2:
         parts += ["#### A link that is away for a while", _away(of["away"])]
     if group.rows:
         parts += ["#### What must be reached", *comparisons(group.rows)]

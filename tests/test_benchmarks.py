@@ -170,7 +170,7 @@ def test_the_queue_of_a_link_holds_what_is_under_way_and_a_round_trip() -> None:
 
 
 def test_slow_links_are_given_little_to_move() -> None:
-    assert size_for(Link(100, 1, 1000)) == MIB
+    assert size_for(Link(100, 1, 1000)) == 2 * MIB
     assert size_for(Link(10, 0, 100)) == 64 * MIB
     assert size_for(Link(0.1, 0, 1000)) == 256 * MIB
 

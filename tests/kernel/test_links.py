@@ -19,7 +19,10 @@ from tests.kernel.test_migrate import GUEST, IOVA, SCRIPT, digest, fill
 
 BAD = Link(1, 5, 200, ("duplicate", "5%", "reorder", "5%"))
 """All of these happen to the 180 packets of 256 KiB."""
-SLOW = Link(10, rate=100)
+SLOW = Link(10, rate=10)
+"""512 KiB take half a second."""
+HALF = 1 << 18
+"""Bytes of these, after which something happens to the link."""
 PATIENCE = 60.0
 """Seconds for one move, however bad the link."""
 
@@ -43,7 +46,9 @@ def shown(side: str) -> tuple[str, ...]:
 
 WAYS = {
     "tcp": Way("tcp:{}:0", ("--plain",)),
+    "tcp-4-channels": Way("tcp:{}:0", ("--plain",), ("--channels", "4")),
     "tls": Way("tls:{}:0", shown("target"), shown("source")),
+    "quic": Way("quic:{}:0", shown("target"), shown("source")),
 }
 
 
@@ -74,11 +79,12 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=[name if name in USUAL else pytest.param(name, marks=pytest.mark.thorough) for name in WAYS])
 def way(request: pytest.FixtureRequest, certificates: Path) -> Way:
-    made = WAYS[request.param]
-    receive, send = (
-        tuple(word.format(certificates=certificates) for word in words) for words in (made.receive, made.send)
-    )
-    return Way(made.address, receive, send)
+    return with_certificates(WAYS[request.param], certificates)
+
+
+def with_certificates(way: Way, folder: Path) -> Way:
+    receive, send = (tuple(word.format(certificates=folder) for word in words) for words in (way.receive, way.send))
+    return Way(way.address, receive, send)
 
 
 @pytest.fixture(params=["group", "node"])
@@ -174,12 +180,12 @@ def test_a_bad_link_for_long(mdev: MakeMdev, hosts: Network, way: Way) -> None:
 
 
 def check_away(mdev: MakeMdev, hosts: Network, way: Way, seconds: float) -> None:
-    source, target = boards(mdev, "16M", 5678)
+    source, target = boards(mdev, "512K", 5678)
     hosts.shape(SLOW)
     carried = hosts.carried()
 
     def go_away() -> None:
-        until(lambda: hosts.carried() > carried + (4 << 20))
+        until(lambda: hosts.carried() > carried + HALF)
         hosts.go_away()
         time.sleep(seconds)  # synchronises nothing: it is what is tested
         assert hosts.lost()
@@ -191,6 +197,22 @@ def check_away(mdev: MakeMdev, hosts: Network, way: Way, seconds: float) -> None
 
 def test_a_link_that_is_away_for_a_second(mdev: MakeMdev, hosts: Network, way: Way) -> None:
     check_away(mdev, hosts, way, 1.0)
+
+
+def test_the_source_gets_another_address(mdev: MakeMdev, hosts: Network, certificates: Path) -> None:
+    source, target = boards(mdev, "512K", 91011)
+    hosts.shape(SLOW)
+    carried = hosts.carried()
+
+    def change() -> None:
+        until(lambda: hosts.carried() > carried + HALF)
+        hosts.change_address()
+
+    try:
+        move(hosts, with_certificates(WAYS["quic"], certificates), source, target, meanwhile=change)
+    finally:
+        hosts.change_address()
+    assert digest(target) == digest(source)
 
 
 def test_a_link_that_is_away_for_long(mdev: MakeMdev, hosts: Network, way: Way) -> None:
