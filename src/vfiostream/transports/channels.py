@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from time import monotonic
 
 import anyio
 import anyio.lowlevel
@@ -29,6 +30,11 @@ from vfiostream.transports.segments import HEAD_SIZE, Head, Kind
 from vfiostream.transports.unsent import Unsent
 
 logger = logging.getLogger("vfiostream.transport")
+
+PAUSE = 0.001
+"""Seconds for which a channel that has no room is waited for before another gets the next segment. Over ways that drain
+one sooner than that, several would only hold more between the ends, out of the processor's cache.
+"""
 
 
 class ChannelsTransport(Transport):
@@ -49,6 +55,10 @@ class ChannelsTransport(Transport):
         """Bytes that are a channel's."""
         self._turn = 0
         """The channel that gets the next segment if it has room."""
+        self._waits_since: float | None = None
+        """When it was first found without, as :func:`time.monotonic`."""
+        self._hurry = Signal()
+        """Given when the sender is to be woken after :data:`PAUSE`."""
         self._room = Signal()
         """Given when there may be a channel with room, or none ever again."""
         self._torn = False
@@ -70,6 +80,7 @@ class ChannelsTransport(Transport):
         try:
             with self._tasks:
                 async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(self._wake_in_time)
                     for channel in self._channels:
                         tasks.start_soon(self._settle, channel)
                         tasks.start_soon(self._watch, channel)
@@ -87,6 +98,12 @@ class ChannelsTransport(Transport):
                 return
             finally:
                 self._room.give()
+
+    async def _wake_in_time(self) -> None:
+        while True:
+            await self._hurry.wait()
+            await anyio.sleep(PAUSE)
+            self._room.give()
 
     async def _watch(self, channel: Channel) -> None:
         while channel.lost is None:
@@ -151,11 +168,21 @@ class ChannelsTransport(Transport):
         logger.debug("%s: finished sending", self.address)
 
     def _free(self) -> Channel | None:
-        for _ in self._channels:
-            channel = self._channels[self._turn]
+        """The channel that gets the next segment; None where that has to be waited for."""
+        if not self._channels[self._turn].busy:
+            self._waits_since = None
+            return self._channels[self._turn]
+        now = monotonic()
+        if self._waits_since is None:
+            self._waits_since = now
+        if now - self._waits_since < PAUSE:
+            self._hurry.give()
+            return None
+        for number in range(self._turn + 1, self._turn + len(self._channels)):
+            channel = self._channels[number % len(self._channels)]
             if not channel.busy:
+                self._turn, self._waits_since = number % len(self._channels), None
                 return channel
-            self._turn = (self._turn + 1) % len(self._channels)
         return None
 
     # ---- in
