@@ -258,7 +258,7 @@ async def test_whatever_a_sender_says_what_comes_of_it_has_a_name(pieces: list[b
         (MAGIC + b"\x01\x00" + bytes(26), "is number 1 of 0"),
         (Preamble(TOKEN, 0, 16).pack().replace(b"\x10", b"\x11", 1), "is number 1 of 17"),
         (struct.pack("<4sHBBB7x16s", MAGIC, 1, 0, 2, 2, TOKEN), "is number 3 of 2"),
-        (struct.pack("<4sHBBB7x16s", MAGIC, 1, 1, 2, 1, TOKEN), "zeros"),
+        (struct.pack("<4sHBBB7x16s", MAGIC, 1, 2, 2, 1, TOKEN), "zeros"),
         (struct.pack("<4sHBBBxxxI16s", MAGIC, 1, 0, 2, 1, 7, TOKEN), "zeros"),
         (MAGIC + b"\x01", "ends too early"),
     ],

@@ -7,16 +7,19 @@ import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import anyio
 import pytest
 
+from tests.certificates import issued, written
 from tests.cutting_proxy import Cuts, CuttingProxy
 from tests.movers import SMALL, machines
 from vfiostream.errors import ConnectionLost, StreamError, TransportError, UsageError
 from vfiostream.migrate import receive, send
-from vfiostream.testing import MIB, NOISE, receive_all, receive_exactly, send_all, time_limit
+from vfiostream.testing import MIB, NOISE, receive_all, receive_exactly, send_all, send_for_ever, time_limit
 from vfiostream.transports import connect, joining, listen, reconnecting, stream
+from vfiostream.transports.channels import ChannelsTransport
 from vfiostream.transports.contract import Transport
 from vfiostream.transports.options import Options
 from vfiostream.transports.segments import Preamble
@@ -138,6 +141,14 @@ async def test_an_end_that_gives_the_link_up_says_so() -> None:
             await ends[closer].aclose()
             with pytest.raises(ConnectionLost, match="the other end has given this link up; see there why"):
                 await ends[1 - closer].receive([memoryview(bytearray(1))])
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+async def test_who_has_read_the_end_may_close_at_once(channels: int) -> None:
+    async with time_limit(), through(after(), channels) as (sender, receiver, _), anyio.create_task_group() as tasks:
+        tasks.start_soon(send_all, sender, [[NOISE]])
+        assert await receive_all(receiver) == NOISE
+        await receiver.aclose()
 
 
 async def test_who_comes_back_to_nobody_is_told() -> None:
@@ -288,3 +299,45 @@ async def test_who_comes_back_with_an_older_attempt_is_turned_away() -> None:
             assert (await receive_all(again))[:16] == said(0, 0, 5)
             await first.send([said(0, 4, 1), b"good"])
             assert await receive_exactly(link, 4) == b"good"
+
+
+@pytest.mark.parametrize("scheme", ["tls", "quic"])
+@pytest.mark.parametrize("made", [{"channels": 4}, {"reconnect": 10}, {"channels": 4, "reconnect": 10}])
+async def test_encrypted_links_have_channels_and_reconnect(scheme: str, made: dict[str, int], tmp_path: Path) -> None:
+    pytest.importorskip("qh3" if scheme == "quic" else "OpenSSL")
+    credentials = written(tmp_path, issued("localhost"))
+    async with time_limit(), listen(f"{scheme}:127.0.0.1:0", Options(credentials=credentials)) as listener:
+        options = Options(credentials=credentials, **made)  # type: ignore[arg-type]
+        async with connect(listener.address, options) as sender, anyio.create_task_group() as tasks:
+            tasks.start_soon(send_all, sender, [[NOISE]] * 2)
+            async with await listener.accept() as receiver:
+                assert await receive_all(receiver) == NOISE * 2
+
+
+@pytest.mark.parametrize("reconnect", [None, 10.0])
+@pytest.mark.parametrize("channels", [1, 4, 16])
+async def test_a_reader_who_stalls_costs_no_more_memory_than_the_link_may_have(
+    channels: int, reconnect: float | None
+) -> None:
+    options = Options(channels=channels, reconnect=reconnect, memory=WINDOW)
+    async with time_limit(), listen("tcp:127.0.0.1:0", options) as listener:
+        async with connect(listener.address, options) as sender, anyio.create_task_group() as tasks:
+            tasks.start_soon(send_for_ever, sender)
+            await anyio.wait_all_tasks_blocked()
+            held = held_by(sender)
+            assert held <= sender.keeps
+            if reconnect is not None:
+                assert held > WINDOW // 4
+            tasks.cancel_scope.cancel()
+
+
+def held_by(link: Transport) -> int:
+    """Bytes of what was sent that a link keeps in memory of ours."""
+    held = 0
+    if isinstance(link, reconnecting.ReconnectingTransport):
+        held += sum(len(view) for view in link._window)
+        assert link._inner is not None
+        link = link._inner
+    if isinstance(link, ChannelsTransport):
+        held += sum(len(view) for channel in link._channels for view in channel._rest)
+    return held

@@ -292,7 +292,7 @@ def test_a_scheme_loads_only_its_own_module() -> None:
                 pass
         anyio.run(main)
         of_links = ["arrivals", "background", "channel", "channels", "contract", "credentials", "joining"]
-        assert loaded() == [*of_links, "options", "polled", "segments", "stream", "unsent"], loaded()
+        assert loaded() == [*of_links, "options", "polled", "reconnecting", "segments", "stream", "unsent"], loaded()
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True)
 

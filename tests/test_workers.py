@@ -316,6 +316,7 @@ async def test_what_was_not_delivered_or_not_started_is_let_go_of() -> None:
 
     contents = [Content() for _ in range(4)]
     gone = [weakref.ref(content) for content in contents]
+    gc.collect()  # of tests before
     before = descriptors()
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(workers.run)

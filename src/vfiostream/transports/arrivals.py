@@ -292,6 +292,7 @@ class _Arrivals(Listener):
             self._tasks.start_soon(turn_away, address, channels, self._memory)
         else:
             link = ReconnectingTransport(address, self._memory, self._patience)
+            link.keeps += sum(channel.keeps for channel in channels)
             host = self._hosts[preamble.token] = _Host(link, channels[0].peer, self._memory)
             host.come(channels)
             self._tasks.start_soon(self._host, preamble.token, host)

@@ -37,7 +37,7 @@ class ChannelsTransport(Transport):
     def __init__(self, address: str, connections: Sequence[PolledTransport], memory: int) -> None:
         self.address = address
         self.answers = True
-        self.keeps = memory
+        self.keeps = memory + sum(connection.keeps for connection in connections)
         count = len(connections)
         self._channels = [Channel(one, number, count, memory // count) for number, one in enumerate(connections)]
         self._closed = False

@@ -172,6 +172,8 @@ class _Caller:
         link, memory = self._link, self._options.memory
         async with self._connections(self._options.channels) as opened:
             await _introduce(opened, self._token, attempt)
+            if attempt == 0:
+                link.keeps += sum(connection.keeps for connection in opened)
             async with one_of(link.address, opened, memory) as inner:
                 await link.serve(inner, opened, met=met)
 

@@ -46,7 +46,7 @@ __all__ = ["OPTIONS", "connect", "connect_many", "listen"]
 
 logger = logging.getLogger("vfiostream.transport")
 
-OPTIONS = frozenset({"credentials", "channels", "silent"})
+OPTIONS = frozenset({"credentials", "channels", "reconnect", "silent"})
 
 LARGE_DATAGRAM = 9000
 """Bytes of a datagram that are worth having: larger ones fill the kernel's batches worse and moved less on loopback."""

@@ -175,7 +175,8 @@ class ReconnectingTransport(Transport):
         """
         scrap = memoryview(bytearray(SMALL))
         with anyio.move_on_after(GOODBYE_WITHIN):
-            await inner.send([Head(0, 0, Kind.GONE).pack()])
+            # What it waits for may be just this acknowledgement.
+            await inner.send([Head(self._received, 0, Kind.ACK).pack(), Head(0, 0, Kind.GONE).pack()])
             await inner.finish()
             try:
                 while await inner.receive([scrap]):
@@ -310,7 +311,8 @@ class ReconnectingTransport(Transport):
         while not self._end_known:
             with anyio.move_on_after(ACK_WITHIN if self._end_handed else None) as limit:
                 await self.changed()
-            self.check_alive()
+            if not self._end_known:
+                self.check_alive()
             if limit.cancelled_caught:
                 break  # Who does not read can't acknowledge.
         self._torn = False
