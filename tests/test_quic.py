@@ -460,21 +460,27 @@ async def test_a_closed_listener_lets_nobody_in_and_lets_go_who_waits(options: O
             await listener.aclose()
             with pytest.raises(TransportError, match="the listener was closed"):
                 await listener.accept()
-            lost = [await is_lost(link) for link in (first, second)]
-            assert sorted(lost) == [False, True]
-            await send_all((first, second)[lost.index(False)], [[b"it lives on"]])
+            await send_all(second if await first_lost(first, second) is first else first, [[b"it lives on"]])
             assert await receive_all(receiver) == b"it lives on"
             with pytest.raises(TransportError, match=r"nobody answered"):
                 async with connect(listener.address, replace(options, timeout=0.2)):
                     pass
 
 
-async def is_lost(link: Transport) -> bool:
-    with anyio.move_on_after(0.5):
+async def first_lost(*links: Transport) -> Transport:
+    """Wait until one of ``links`` is lost, and return it."""
+    lost: list[Transport] = []
+
+    async def watch(link: Transport) -> None:
         with pytest.raises(ConnectionLost):
             await link.receive([memoryview(bytearray(1))])
-        return True
-    return False
+        lost.append(link)
+        tasks.cancel_scope.cancel()
+
+    async with anyio.create_task_group() as tasks:
+        for link in links:
+            tasks.start_soon(watch, link)
+    return lost[0]
 
 
 async def test_who_has_read_all_may_leave_before_the_end(options: Options) -> None:
