@@ -100,8 +100,6 @@ def test_two_with_one_name(packages: Path) -> None:
         check("way:x", Options())
 
 
-# pygal, which other tests load, leaves a finder of modules behind that Python warns of where nobody else finds one.
-@pytest.mark.filterwarnings("ignore:PluginImportFixer:ImportWarning")
 @pytest.mark.parametrize(
     ("name", "text", "sentence"),
     [
